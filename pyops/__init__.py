@@ -1,0 +1,24 @@
+"""fastops: GPU kernels for fast inference, under torch.ops.fastops, each with a reference and a CPU path.
+
+    import torch, fastops
+    packed, absmax = fastops.nf4_quantize(weight)
+    weight_again = fastops.nf4_dequant(packed, absmax, weight.shape, torch.bfloat16)
+
+The same operators are torch.ops.fastops.*; `fastops.explain(op, *args)` says which kernel runs, `python -m fastops`
+lists, proves and measures them.
+"""
+
+from . import _extension  # isort: skip  # the compiled kernels register before their schemas are defined
+from ._registry import debug_checks, explain, use_backend
+from ._version import __version__
+from .ops.nf4_dequant import nf4_dequant
+from .ops.nf4_quantize import nf4_quantize
+
+__all__ = [
+    "__version__",
+    "debug_checks",
+    "explain",
+    "nf4_dequant",
+    "nf4_quantize",
+    "use_backend",
+]

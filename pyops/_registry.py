@@ -1,0 +1,327 @@
+"""The machinery behind an op page: define, check, fake, backends, choose, explain.
+
+An `Op` joins what one operator has: its schema (written once, on its page), one check used by every Python path, a fake
+kernel, and up to four backends. `torch.ops.fastops.<op>` runs the process default (compiled, else Triton, else
+reference); `fastops.<op>(..., backend=...)` runs a named one and never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _extension
+from ._checks import fail
+from ._ops import NAMESPACE, library, overload, qualified
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
+
+registry: dict[str, Op] = {}
+
+
+@functools.cache
+def triton_missing() -> str:
+    """Why Triton cannot be used at all, or ""."""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def triton_interprets() -> bool:
+    """Whether TRITON_INTERPRET=1 runs Triton kernels on the CPU (tests do)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `fastops.explain` returns; print it, or read its fields."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+    config: str
+    unavailable: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{qualified(self.op)} on {self.device}: backend {self.backend} ({self.reason})"]
+        if self.config:
+            lines.append(f"  configuration: {self.config}")
+        lines += [f"  {name} is not available: {why}" for name, why in self.unavailable.items()]
+        return "\n".join(lines)
+
+
+class Op:
+    """One operator. The arguments of every callable are the schema's, with its defaults.
+
+    Args:
+        schema: as in native_functions.yaml, without the namespace.
+        check: raises RuntimeError on a bad argument, reading no values; runs before every Python path and the fake.
+        fake: returns empty outputs for fake tensors.
+        reference: the pure PyTorch function, the backend that is always there.
+        triton: module under `triton_ops` whose `launch` runs the op, or None.
+        check_values: reads values (lengths, indices) and raises; always runs on the CPU, on a GPU under debug_checks().
+        describe: (backend, *args) -> the configuration that would run, for explain().
+        choose: (available backends, *args) -> (backend, why) where the default order is not the best one.
+        tags: torch.Tag of the op.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        triton: str | None = None,
+        check_values: Callable[..., None] | None = None,
+        describe: Callable[..., str] | None = None,
+        choose: Callable[..., tuple[str, str]] | None = None,
+        tags: tuple[torch.Tag, ...] = (),
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.schema = schema
+        self._check, self._check_values = check, check_values
+        self._reference, self._triton, self._describe, self._choose = reference, triton, describe, choose
+        self._overrides: dict[str, tuple[str, torch.library.Library]] = {}  # dispatch key -> backend, its registration
+
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        self.default = overload(self.name)
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        self._compiled = {
+            key: torch.library.get_kernel(self.default, key)
+            for key in _KEYS.values()
+            if has_kernel(qualified(self.name), key)
+        }
+        library.impl(self.name, self._python_kernel("reference"), "CompositeExplicitAutograd")
+        if "CUDA" not in self._compiled and triton is not None and not triton_missing():
+            library.impl(self.name, self._python_kernel("triton"), "CUDA")
+
+        def checked_fake(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(qualified(self.name), checked_fake, lib=library)
+        registry[self.name] = self
+
+    def __call__(self, backend: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Run the op with `backend`, or with the process default (or the page's choice) when it is None."""
+        if backend is None:
+            if self._choose is None:
+                return self.default(*args, **kwargs)
+            backend = self._chosen(*args, **kwargs)[0]
+        return self._run(backend, *args, **kwargs)
+
+    def unavailable(self, backend: str, device: torch.device) -> str:
+        """Why `backend` cannot run on tensors of `device`, or "" when it can."""
+        if backend not in BACKENDS:
+            fail(self.name, f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if backend == "reference":
+            return ""
+        if backend == "triton":
+            return self._triton_unavailable(device)
+        if device.type != backend:
+            return f"it needs {backend} tensors, got {device.type}"
+        if _extension.C is None:
+            return _extension.C_MISSING
+        if _KEYS[backend] not in self._compiled:
+            built = "" if backend == "cpu" or _extension.HAS_CUDA_KERNELS else " (the extension was built without nvcc)"
+            return f"the op has no compiled {backend} kernel{built}"
+        return ""
+
+    def available(self, device: torch.device | str) -> list[str]:
+        """The backends that can run on tensors of `device`."""
+        return [b for b in BACKENDS if not self.unavailable(b, torch.device(device))]
+
+    def process_default(self, device: torch.device) -> tuple[str, str]:
+        """The backend torch.ops runs on `device`, and why."""
+        key = _KEYS.get(device.type)
+        if key in self._overrides:
+            return self._overrides[key][0], "set by use_backend"
+        if key in self._compiled:
+            return device.type, "compiled kernel"
+        if device.type == "cuda" and not self._triton_unavailable(device):
+            return "triton", "no compiled CUDA kernel"
+        return "reference", "no compiled kernel for this device"
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Which backend these arguments would run on, why, and with what configuration."""
+        device = self._device(args, kwargs)
+        backend, reason = self._chosen(*args, **kwargs)
+        config = self._describe(backend, *args, **kwargs) if self._describe else ""
+        missing = {b: self.unavailable(b, device) for b in BACKENDS if self.unavailable(b, device)}
+        return Explanation(self.name, str(device), backend, reason, config, missing)
+
+    def check_values(self, *args: Any, **kwargs: Any) -> None:
+        """Raise if a value inside a tensor is out of range (synchronises with the device)."""
+        if self._check_values is not None:
+            self._check_values(*args, **kwargs)
+
+    def override(self, backend: str | None) -> dict[str, str]:
+        """Make `backend` the process default (None: the built-in order); returns what was overridden before."""
+        before = {key: name for key, (name, _) in self._overrides.items()}
+        keys = list(_KEYS.values()) if backend in (None, "reference") else self._keys_of(str(backend))
+        self._set_overrides({**before, **{key: backend for key in keys}})
+        return before
+
+    def restore(self, overrides: Mapping[str, str]) -> None:
+        """Undo an override: exactly these stay in force."""
+        self._set_overrides({key: overrides.get(key) for key in _KEYS.values()})
+
+    def _set_overrides(self, wanted: Mapping[str, str | None]) -> None:
+        for key, backend in wanted.items():
+            if key in self._overrides:
+                self._overrides.pop(key)[1]._destroy()
+            if backend is None or (backend in _KEYS and key in self._compiled):
+                continue
+            registration = torch.library.Library(NAMESPACE, "IMPL")
+            registration.impl(self.name, self._python_kernel(backend), key, allow_override=True)
+            self._overrides[key] = (backend, registration)
+
+    def _keys_of(self, backend: str) -> list[str]:
+        """The dispatch keys a backend can serve; refuses one that no device here could run."""
+        if backend == "triton":
+            device = torch.device("cpu" if triton_interprets() else "cuda")
+        else:
+            device = torch.device(backend if backend in _KEYS else "cpu")
+        why = self.unavailable(backend, device)
+        if why:
+            fail(self.name, f"backend {backend!r} is not available: {why}")
+        return [_KEYS[device.type]]
+
+    def _triton_unavailable(self, device: torch.device) -> str:
+        if self._triton is None:
+            return "the op has no Triton kernel"
+        if triton_missing():
+            return triton_missing()
+        if device.type == "cpu" and not triton_interprets():
+            return "it needs cuda tensors, got cpu (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+        if device.type not in _KEYS:
+            return f"it needs cuda tensors, got {device.type}"
+        return ""
+
+    def _chosen(self, *args: Any, **kwargs: Any) -> tuple[str, str]:
+        device = self._device(args, kwargs)
+        if self._choose is None or _KEYS.get(device.type) in self._overrides:
+            return self.process_default(device)
+        return self._choose(self.available(device), *args, **kwargs)
+
+    def _run(self, backend: str, *args: Any, **kwargs: Any) -> Any:
+        device = self._device(args, kwargs)
+        why = self.unavailable(backend, device)
+        if why:
+            others = ", ".join(self.available(device))
+            fail(self.name, f"backend {backend!r} is not available: {why}; available here: {others}")
+        key = _KEYS.get(device.type, "")
+        if backend in _KEYS:
+            if key not in self._overrides:
+                return self.default(*args, **kwargs)
+            return self._compiled[key].call_boxed(
+                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *self._positional(args, kwargs)
+            )
+        return self._python_kernel(backend)(*args, **kwargs)
+
+    @functools.cached_property
+    def _python_kernels(self) -> dict[str, Callable[..., Any]]:
+        return {}
+
+    def _python_kernel(self, backend: str) -> Callable[..., Any]:
+        """`backend`'s function behind the checks."""
+        if backend not in self._python_kernels:
+            run = self._reference if backend == "reference" else _lazy_triton(str(self._triton))
+
+            def kernel(*args: Any, **kwargs: Any) -> Any:
+                self._check(*args, **kwargs)
+                if self._check_values is not None and self._device(args, kwargs).type == "cpu":
+                    self._check_values(*args, **kwargs)
+                return run(*args, **kwargs)
+
+            self._python_kernels[backend] = kernel
+        return self._python_kernels[backend]
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Arguments in schema order, defaults filled in."""
+        arguments = self.default._schema.arguments
+        given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+        return [given.get(a.name, a.default_value) for a in arguments]
+
+    @staticmethod
+    def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                return value.device
+        return torch.device("cpu")
+
+
+def _lazy_triton(module: str) -> Callable[..., Any]:
+    """`launch` of a module under triton_ops, imported at the first call: importing Triton is slow."""
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module(f".triton_ops.{module}", __package__).launch(*args, **kwargs)
+
+    return launch
+
+
+def find(op: str | Callable[..., Any]) -> Op:
+    """The op of this name, or of this public function."""
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in registry:
+        raise RuntimeError(f"{NAMESPACE}: op must be one of {', '.join(sorted(registry))}, got {name!r}")
+    return registry[name]
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend `op` would choose for these arguments, why, and with which configuration.
+
+    Args:
+        op: the op's name or its function, e.g. "nf4_dequant" or fastops.nf4_dequant.
+        *args: the op's arguments.
+        **kwargs: the op's keyword arguments.
+    """
+    return find(op).explain(*args, **kwargs)
+
+
+class use_backend:
+    """Make `backend` the process default of `op`, also for torch.ops: for good, or within a `with` block.
+
+    Args:
+        op: the op's name or its function.
+        backend: "cuda" | "triton" | "cpu" | "reference", or None for the built-in order.
+    Raises:
+        RuntimeError: an unknown op or backend, or one that cannot run in this process.
+
+    Set it before torch.compile, which keeps the kernels it has traced.
+    """
+
+    def __init__(self, op: str | Callable[..., Any], backend: str | None) -> None:
+        self._op = find(op)
+        self._before = self._op.override(backend)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._op.restore(self._before)
+
+
+class debug_checks(TorchDispatchMode):
+    """Within this block, ops also check the values inside CUDA tensors (lengths, indices, pages) before they run.
+
+    Outside it a bad value is skipped on the GPU, never read or written out of bounds; on the CPU values are always
+    checked. Reading values back synchronises with the device: use it to find a bug, not in production.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Check the values of our ops' arguments, then run them as usual."""
+        if func.namespace == NAMESPACE and func._opname in registry:
+            registry[func._opname].check_values(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""One page an operator: schema, checks, fake kernel, backends, docstring."""
