@@ -5,19 +5,27 @@
 #include <string>
 
 #include "common/cpu_isa.h"
+#include "common/tuned.h"
 
 namespace {
 
 using fastops::Isa;
 
+// The UTF-8 text of a str, or "" with a Python error set.
+std::string text(PyObject* object) {
+  PyObject* utf8 = PyUnicode_AsUTF8String(object);
+  if (!utf8) return {};
+  std::string value = PyBytes_AsString(utf8);
+  Py_DECREF(utf8);
+  return value;
+}
+
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastops::isa_name(fastops::active_isa)); }
 
 // Never raises the level above what the machine has.
 PyObject* limit_cpu_isa(PyObject*, PyObject* name) {
-  PyObject* utf8 = PyUnicode_AsUTF8String(name);
-  if (!utf8) return nullptr;
-  const std::string wanted = PyBytes_AsString(utf8);
-  Py_DECREF(utf8);
+  const std::string wanted = text(name);
+  if (PyErr_Occurred()) return nullptr;
   const Isa best = fastops::detect_isa();
   for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
     if (wanted != fastops::isa_name(isa)) continue;
@@ -36,10 +44,27 @@ PyObject* has_cuda_kernels(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* set_tuned(PyObject*, PyObject* args) {
+  PyObject *op, *gpu, *rows;
+  if (!PyArg_ParseTuple(args, "UUU", &op, &gpu, &rows)) return nullptr;
+  const std::string op_name = text(op), gpu_name = text(gpu), row_text = text(rows);
+  if (PyErr_Occurred()) return nullptr;
+  fastops::TunedTable::get().set(op_name, gpu_name, row_text);
+  Py_RETURN_NONE;
+}
+
+PyObject* device_slug(PyObject*, PyObject* name) {
+  const std::string value = text(name);
+  if (PyErr_Occurred()) return nullptr;
+  return PyUnicode_FromString(fastops::device_slug(value).c_str());
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> str: the instruction set the CPU kernels use."},
     {"limit_cpu_isa", limit_cpu_isa, METH_O, "limit_cpu_isa(name) -> str: use at most this set; returns the one in use."},
     {"has_cuda_kernels", has_cuda_kernels, METH_NOARGS, "has_cuda_kernels() -> bool: built with nvcc."},
+    {"set_tuned", set_tuned, METH_VARARGS, "set_tuned(op, gpu, rows): tuned CUDA configurations, 'key size config;…'."},
+    {"device_slug", device_slug, METH_O, "device_slug(name) -> str: how tuned tables name a CUDA device."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

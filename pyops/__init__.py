@@ -9,6 +9,7 @@ lists, proves and measures them.
 """
 
 from . import _extension  # isort: skip  # the compiled kernels register before their schemas are defined
+from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
 from .ops.nf4_dequant import nf4_dequant
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "debug_checks",
     "explain",
+    "interop",
     "nf4_dequant",
     "nf4_quantize",
     "use_backend",

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import _extension
 from ._checks import fail
 from ._ops import NAMESPACE, library, overload, qualified
+from .triton_ops import _tuned
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
@@ -71,6 +73,7 @@ class Op:
         triton: module under `triton_ops` whose `launch` runs the op, or None.
         check_values: reads values (lengths, indices) and raises; always runs on the CPU, on a GPU under debug_checks().
         describe: (backend, *args) -> the configuration that would run, for explain().
+        cuda_key: turns the key of a tuned CUDA entry into the integer its kernel looks up.
         choose: (available backends, *args) -> (backend, why) where the default order is not the best one.
         tags: torch.Tag of the op.
     """
@@ -85,6 +88,7 @@ class Op:
         triton: str | None = None,
         check_values: Callable[..., None] | None = None,
         describe: Callable[..., str] | None = None,
+        cuda_key: Callable[[Mapping[str, Any]], int] | None = None,
         choose: Callable[..., tuple[str, str]] | None = None,
         tags: tuple[torch.Tag, ...] = (),
     ) -> None:
@@ -111,6 +115,9 @@ class Op:
             return fake(*args, **kwargs)
 
         torch.library.register_fake(qualified(self.name), checked_fake, lib=library)
+        self.cuda_key = cuda_key
+        if cuda_key is not None:
+            self.load_tuned()
         registry[self.name] = self
 
     def __call__(self, backend: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +168,15 @@ class Op:
         missing = {b: self.unavailable(b, device) for b in BACKENDS if self.unavailable(b, device)}
         return Explanation(self.name, str(device), backend, reason, config, missing)
 
+    def load_tuned(self) -> None:
+        """Hand the tuned CUDA configurations of every known device to the compiled kernel (JSON; no device is touched)."""
+        if _extension.C is None or self.cuda_key is None:
+            return
+        for gpu in _tuned.gpus():
+            entries = [e for e in _tuned.table(self.name, gpu) if e["backend"] == "cuda"]
+            rows = ";".join(f"{self.cuda_key(e['key'])} {e['size']} {e['config']['index']}" for e in entries)
+            _extension.C.set_tuned(self.name, gpu, rows)
+
     def check_values(self, *args: Any, **kwargs: Any) -> None:
         """Raise if a value inside a tensor is out of range (synchronises with the device)."""
         if self._check_values is not None:
@@ -184,7 +200,9 @@ class Op:
             if backend is None or (backend in _KEYS and key in self._compiled):
                 continue
             registration = torch.library.Library(NAMESPACE, "IMPL")
-            registration.impl(self.name, self._python_kernel(backend), key, allow_override=True)
+            with warnings.catch_warnings():  # torch warns that a kernel is overridden; that is what was asked for
+                warnings.simplefilter("ignore", UserWarning)
+                registration.impl(self.name, self._python_kernel(backend), key, allow_override=True)
             self._overrides[key] = (backend, registration)
 
     def _keys_of(self, backend: str) -> list[str]:

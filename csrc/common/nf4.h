@@ -11,12 +11,15 @@
 
 namespace fastops::nf4 {
 
-// Quantiles of a standard normal scaled to [-1, 1]: QLoRA, arXiv:2305.14314, appendix E.
-inline constexpr float kCode[16] = {
-    -1.0f,                 -0.6961928009986877f,  -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f,  0.16093020141124725f,  0.24611230194568634f,  0.33791524171829224f,
-    0.44070982933044434f,  0.5626170039176941f,   0.7229568362236023f,   1.0f};
+// Quantiles of a standard normal scaled to [-1, 1]: QLoRA, arXiv:2305.14314, appendix E. A macro, because device code
+// needs a copy in its own memory (nf4.cuh) and the values stand once.
+#define FO_NF4_CODE                                                                                            \
+  {-1.0f,                -0.6961928009986877f, -0.5250730514526367f,  -0.39491748809814453f,                   \
+   -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,                                  \
+   0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,  0.33791524171829224f,                    \
+   0.44070982933044434f, 0.5626170039176941f,  0.7229568362236023f,   1.0f}
+
+inline constexpr float kCode[16] = FO_NF4_CODE;
 
 inline constexpr int64_t kMinBlocksize = 32, kMaxBlocksize = 4096;
 

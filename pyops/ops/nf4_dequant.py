@@ -21,6 +21,7 @@ from .._checks import (
 )
 from .._registry import Op
 from ..reference import nf4_dequant as reference
+from ..triton_ops import _tuned
 
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
 
@@ -137,10 +138,15 @@ def _describe(
 ) -> str:
     if backend == "cpu" and _extension.C is not None:
         return f"{_extension.C.cpu_isa()}, {torch.get_num_threads()} threads"
+    double_quant = kwargs.get("absmax_code") is not None
     if backend == "triton":
         from ..triton_ops import nf4_dequant as triton_page
 
-        return str(triton_page.config_for(packed.device, math.prod(shape), dtype, kwargs.get("absmax_code") is not None))
+        return str(triton_page.config_for(packed.device, math.prod(shape), dtype, double_quant))
+    if backend == "cuda":
+        key = {"dtype": dtype_name(dtype), "double_quant": double_quant}
+        found = _tuned.nearest("nf4_dequant", _tuned.gpu_slug(packed.device.index), "cuda", key, math.prod(shape))
+        return f"tuned configuration {found['index']}" if found else "default configuration"
     return ""
 
 
@@ -151,6 +157,7 @@ OP = Op(
     reference=reference.nf4_dequant,
     triton="nf4_dequant",
     describe=_describe,
+    cuda_key=lambda key: 2 * getattr(torch, key["dtype"]).itemsize + key["double_quant"],
 )
 
 

@@ -1,0 +1,49 @@
+"""What was possible: copy bandwidth and matrix peak of this device, measured in the run whose results they judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .timing import FULL, Effort, Runner, cpu_us, cuda_eager_us, free_memory
+
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Copy bandwidth (read plus written) and matrix peak."""
+
+    copy_gbps: float
+    matmul_tflops: float
+
+    def floor_us(self, cost: Any) -> float:
+        """The least time of a Cost(bytes, flops): bytes over bandwidth or flops over peak, whichever is longer."""
+        return float(max(cost.bytes / (self.copy_gbps * 1e3), cost.flops / (self.matmul_tflops * 1e6)))
+
+
+def measure_peaks(device: torch.device, effort: Effort = FULL) -> Peaks:
+    """Copy a buffer far larger than any cache, and multiply two random matrices (zeros would draw less power)."""
+    peaks = Peaks(round(_copy_gbps(device, effort), 1), round(_matmul_tflops(device, effort), 3))
+    free_memory()
+    return peaks
+
+
+def _clock(device: torch.device, call: Runner, effort: Effort) -> float:
+    return cuda_eager_us(call, effort) if device.type == "cuda" else cpu_us(call, effort)
+
+
+def _copy_gbps(device: torch.device, effort: Effort) -> float:
+    source = torch.empty(COPY_BYTES[device.type] // 8, dtype=torch.int64, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device.type] / _clock(device, lambda: target.copy_(source), effort) / 1e3
+
+
+def _matmul_tflops(device: torch.device, effort: Effort) -> float:
+    n, dtype = MATMUL[device.type]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _clock(device, lambda: torch.mm(a, b, out=out), effort) / 1e6

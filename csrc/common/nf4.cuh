@@ -1,0 +1,13 @@
+// NF4 on the device.
+#pragma once
+
+#include "common/nf4.h"
+
+namespace fastops::nf4 {
+
+static __constant__ const float kDeviceCode[16] = FO_NF4_CODE;
+
+// Entry i of the user's table, or of NF4's when there is none.
+__device__ inline float code_at(const float* user_code, int i) { return user_code ? user_code[i] : kDeviceCode[i]; }
+
+}  // namespace fastops::nf4

@@ -1,0 +1,5 @@
+"""`python -m fastops`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,22 @@
+"""The command line, `python -m fastops` or `fastops`: info, demo, verify, bench, tune.
+
+It needs typer and rich, the extra `fastops[cli]`; the library itself does not.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; without typer and rich say how to get them, and exit with 2."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"fastops: {error.name} is missing: pip install 'fastops[cli]' (typer and rich)", file=sys.stderr)
+        sys.exit(2)
+    app(prog_name="fastops")

@@ -1,0 +1,67 @@
+"""What the demo measures of a causal language model from transformers: memory, speed, perplexity."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 1024  # tokens a perplexity window: each is predicted from those before it in its window
+
+
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    """Size of the tensors in MB (10^6 bytes), storage that two of them share counted once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values()) / 1e6
+
+
+def perplexity(model: nn.Module, tokens: Tensor, advance: Callable[[], None]) -> float:
+    """exp of the mean negative log-likelihood of tokens [n], in windows; `advance` is called after each window."""
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for window in tokens.split(WINDOW):
+            if len(window) < 2:
+                continue
+            loss = model(input_ids=window[None], labels=window[None]).loss
+            total += float(loss) * (len(window) - 1)
+            count += len(window) - 1
+            advance()
+    return math.exp(total / count)
+
+
+class Clock:
+    """A transformers streamer that notes when each token came; the first call brings the prompt."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.times: list[float] = []
+        self._advance = advance
+        self._prompt_seen = False
+
+    def put(self, _: Tensor) -> None:
+        """Called by generate() with the prompt, then with each token (on the host, so the device is done with it)."""
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+            self._advance()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called by generate() at the end."""
+
+    def tokens_per_second(self) -> float:
+        """By the median decode step, which other programs disturb least; the prompt's pass is not counted."""
+        return 1 / statistics.median(after - before for before, after in itertools.pairwise(self.times))
+
+
+def generate(model: Any, prompt: Tensor, new_tokens: int, advance: Callable[[], None]) -> tuple[Tensor, float]:
+    """(the new tokens, tokens a second) of greedy generation; model.generation_config must not stop it early."""
+    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=2, **options)  # first calls compile and choose kernels
+        clock = Clock(advance)
+        out = model.generate(prompt, max_new_tokens=new_tokens, streamer=clock, **options)
+    return out[0, prompt.shape[1] :], clock.tokens_per_second()

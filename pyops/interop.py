@@ -1,0 +1,120 @@
+"""Call any op with another framework's arrays: NumPy, CuPy, JAX, or anything else with `__dlpack__`.
+
+    packed, absmax = fastops.interop.nf4_quantize(numpy_weights)
+    weights = fastops.interop.nf4_dequant(cupy_packed, cupy_absmax, (4096, 4096), "float16")
+
+Nothing is copied: inputs become tensors through DLPack, the op runs on the caller's current stream, and results come back
+as the caller's array type. Tensors among the arguments stay what they are; with tensors only, tensors are returned.
+This is the only module that imports CuPy, and only when a CuPy array is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry
+from ._checks import fail
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """`fastops.interop.<op>`: the op for arrays of any framework."""
+    if name.startswith("_") or name not in _registry.registry:
+        raise AttributeError(f"fastops.interop has no op {name!r}; it has {', '.join(sorted(_registry.registry))}")
+    return _wrapped(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_registry.registry)
+
+
+@functools.cache
+def _wrapped(name: str) -> Callable[..., Any]:
+    function = getattr(importlib.import_module(__package__), name)
+    arguments = _registry.registry[name].default._schema.arguments
+    order = [a.name for a in arguments]
+    written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        framework = _framework([*args, *kwargs.values()])
+        positional = [_to_torch(name, order[i], value, order[i] in written) for i, value in enumerate(args)]
+        named = {key: _to_torch(name, key, value, key in written) for key, value in kwargs.items()}
+        with _caller_stream(framework, [*positional, *named.values()]):
+            result = function(*positional, **named)
+        return _to_framework(name, framework, result)
+
+    return call
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__dlpack__") and not isinstance(value, Tensor)
+
+
+def _framework(values: list[Any]) -> str:
+    """The top-level module of the first foreign array, or "torch"."""
+    for value in values:
+        if _is_array(value):
+            root = type(value).__module__.partition(".")[0]
+            return "jax" if root in ("jax", "jaxlib") else root
+    return "torch"
+
+
+def _to_torch(op: str, name: str, value: Any, written: bool) -> Any:
+    if isinstance(value, str) and name == "dtype":
+        return getattr(torch, value, value)
+    if not _is_array(value):
+        return _dtype_of(value) if name == "dtype" else value
+    if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        fail(op, f"{name} must be a writable array, got a JAX array, which is immutable: copy it to a tensor first")
+    if getattr(getattr(value, "flags", None), "writeable", True):
+        return torch.from_dlpack(value)
+    if written:
+        fail(op, f"{name} must be a writable array, got a read-only one")
+    with warnings.catch_warnings():  # torch has no read-only tensors and says so; the op does not write this one
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(value)
+
+
+def _dtype_of(value: Any) -> Any:
+    """A torch dtype from torch's, NumPy's or JAX's."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    name = getattr(value, "name", None) or getattr(value, "__name__", None)
+    return getattr(torch, name, value) if isinstance(name, str) else value
+
+
+@contextlib.contextmanager
+def _caller_stream(framework: str, values: list[Any]) -> Iterator[None]:
+    """Run on CuPy's current stream; others order their work through DLPack's own stream protocol."""
+    device = next((v.device for v in values if isinstance(v, Tensor) and v.is_cuda), None)
+    if framework != "cupy" or device is None:
+        yield
+        return
+    import cupy
+
+    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream(device.index).ptr, device=device)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _to_framework(op: str, framework: str, value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_framework(op, framework, v) for v in value)
+    if isinstance(value, dict):
+        return {key: _to_framework(op, framework, v) for key, v in value.items()}
+    if not isinstance(value, Tensor) or framework == "torch":
+        return value
+    if framework == "numpy":
+        if value.dtype == torch.bfloat16:
+            fail(op, "dtype must be float32 or float16 for NumPy, which has no bfloat16")
+        return value.numpy()
+    module = importlib.import_module("jax.dlpack" if framework == "jax" else framework)
+    return module.from_dlpack(value)

@@ -1,0 +1,58 @@
+"""Tools to prove an op: the measure of error, hostile inputs, and which backends there are to prove.
+
+Used by this package's own tests, `python -m fastops verify` and the benches; useful for a backend of one's own too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._registry import registry, triton_interprets
+from .reference._truth import error_ratio
+
+__all__ = ["available", "devices", "error_ratio", "non_contiguous", "poison", "trusted"]
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the first CUDA device where there is one."""
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda", 0))
+    return found
+
+
+def available(op: str) -> list[tuple[str, torch.device]]:
+    """Every (backend, device) that can run `op` here."""
+    return [(backend, device) for device in devices() for backend in registry[op].available(device)]
+
+
+def trusted(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """False where a wrong result is the tool's: Triton's interpreter computes bf16 incorrectly."""
+    return not (backend == "triton" and device.type == "cpu" and triton_interprets() and dtype == torch.bfloat16)
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Within this block uninitialised memory is NaN (or the largest integer), in C++ too, so unwritten results show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+def non_contiguous(tensor: Tensor) -> Tensor:
+    """The same values with gaps between all elements; the gaps hold NaN or the largest integer."""
+    if tensor.dtype.is_floating_point:
+        filler: float = float("nan")
+    else:
+        filler = 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+    wide = torch.full((*tensor.shape, 2), filler, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 0] = tensor
+    return wide[..., 0]

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+import fastops.testing
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, and say why."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        if item.get_closest_marker("gpu") and devices < 1:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("multi_gpu") and devices < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN."""
+    with fastops.testing.poison():
+        yield
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def cpu_isa(request):
+    """Every instruction set of the CPU kernels that this machine has."""
+    extension = fastops._extension.C
+    if extension is None:
+        pytest.skip("fastops._C was not built")
+    before = extension.cpu_isa()
+    if extension.limit_cpu_isa(request.param) != request.param:
+        extension.limit_cpu_isa(before)
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    extension.limit_cpu_isa(before)

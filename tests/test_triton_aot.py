@@ -1,0 +1,30 @@
+"""Every Triton configuration that can be launched compiles for sm_80 and sm_90 without a GPU, spilling nothing."""
+
+import importlib
+
+import pytest
+
+import fastops._registry as registry
+
+pytest.importorskip("triton")
+if registry.triton_interprets():
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+from fastops.triton_ops import _aot  # noqa: E402
+
+SPECS = [
+    pytest.param(spec, id=f"{op}-{spec.name}")
+    for op in sorted(registry.registry)
+    if registry.registry[op]._triton is not None
+    for spec in importlib.import_module(f"fastops.triton_ops.{registry.registry[op]._triton}").specializations()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_without_spilling(spec, capability):
+    report = _aot.compile_for(capability, spec)
+    assert report.stack == 0, f"{report}: spills"
+    assert report.shared <= _aot.SHARED_LIMIT[capability], f"{report}: too much shared memory"
+    assert 0 < report.registers <= 255
