@@ -138,8 +138,9 @@ def torch_dequant(call: Call) -> Runner:
         return values * each + call.kwargs["absmax_offset"]  # type: ignore[no-any-return]
 
     def run() -> Tensor:
-        nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1, blocksize)
-        return (table[nibbles.int()] * scales()[:, None]).to(dtype).reshape(shape)
+        nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1).int()
+        values = table.index_select(0, nibbles).reshape(-1, blocksize)
+        return (values * scales()[:, None]).to(dtype).reshape(shape)
 
     return run
 

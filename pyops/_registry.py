@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -62,6 +62,16 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class TuningCase:
+    """One row of a tuned table to be: what must match, the size that may be near, and arguments of that size."""
+
+    key: Mapping[str, Any]
+    size: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 class Op:
     """One operator. The arguments of every callable are the schema's, with its defaults.
 
@@ -73,7 +83,9 @@ class Op:
         triton: module under `triton_ops` whose `launch` runs the op, or None.
         check_values: reads values (lengths, indices) and raises; always runs on the CPU, on a GPU under debug_checks().
         describe: (backend, *args) -> the configuration that would run, for explain().
+        cuda_configs: how many compiled CUDA configurations there are to choose from.
         cuda_key: turns the key of a tuned CUDA entry into the integer its kernel looks up.
+        tuning: (device) -> the cases `python -m fastops tune` measures.
         choose: (available backends, *args) -> (backend, why) where the default order is not the best one.
         tags: torch.Tag of the op.
     """
@@ -88,7 +100,9 @@ class Op:
         triton: str | None = None,
         check_values: Callable[..., None] | None = None,
         describe: Callable[..., str] | None = None,
+        cuda_configs: int = 0,
         cuda_key: Callable[[Mapping[str, Any]], int] | None = None,
+        tuning: Callable[[torch.device], Iterator[TuningCase]] | None = None,
         choose: Callable[..., tuple[str, str]] | None = None,
         tags: tuple[torch.Tag, ...] = (),
     ) -> None:
@@ -115,9 +129,8 @@ class Op:
             return fake(*args, **kwargs)
 
         torch.library.register_fake(qualified(self.name), checked_fake, lib=library)
-        self.cuda_key = cuda_key
-        if cuda_key is not None:
-            self.load_tuned()
+        self.cuda_configs, self.cuda_key, self.tuning = cuda_configs, cuda_key, tuning
+        self.load_tuned()
         registry[self.name] = self
 
     def __call__(self, backend: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +189,10 @@ class Op:
             entries = [e for e in _tuned.table(self.name, gpu) if e["backend"] == "cuda"]
             rows = ";".join(f"{self.cuda_key(e['key'])} {e['size']} {e['config']['index']}" for e in entries)
             _extension.C.set_tuned(self.name, gpu, rows)
+
+    def triton_page(self) -> Any:
+        """The op's module under triton_ops (imports Triton)."""
+        return importlib.import_module(f".triton_ops.{self._triton}", __package__)
 
     def check_values(self, *args: Any, **kwargs: Any) -> None:
         """Raise if a value inside a tensor is out of range (synchronises with the device)."""
@@ -243,9 +260,8 @@ class Op:
         if backend in _KEYS:
             if key not in self._overrides:
                 return self.default(*args, **kwargs)
-            return self._compiled[key].call_boxed(
-                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *self._positional(args, kwargs)
-            )
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            return self._compiled[key].call_boxed(keys, *args, **kwargs)
         return self._python_kernel(backend)(*args, **kwargs)
 
     @functools.cached_property
@@ -255,7 +271,7 @@ class Op:
     def _python_kernel(self, backend: str) -> Callable[..., Any]:
         """`backend`'s function behind the checks."""
         if backend not in self._python_kernels:
-            run = self._reference if backend == "reference" else _lazy_triton(str(self._triton))
+            run = self._reference if backend == "reference" else self._launch_triton
 
             def kernel(*args: Any, **kwargs: Any) -> Any:
                 self._check(*args, **kwargs)
@@ -266,11 +282,8 @@ class Op:
             self._python_kernels[backend] = kernel
         return self._python_kernels[backend]
 
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Arguments in schema order, defaults filled in."""
-        arguments = self.default._schema.arguments
-        given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
-        return [given.get(a.name, a.default_value) for a in arguments]
+    def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
+        return self.triton_page().launch(*args, **kwargs)  # imported at the first call: importing Triton is slow
 
     @staticmethod
     def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
@@ -278,15 +291,6 @@ class Op:
             if isinstance(value, Tensor):
                 return value.device
         return torch.device("cpu")
-
-
-def _lazy_triton(module: str) -> Callable[..., Any]:
-    """`launch` of a module under triton_ops, imported at the first call: importing Triton is slow."""
-
-    def launch(*args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module(f".triton_ops.{module}", __package__).launch(*args, **kwargs)
-
-    return launch
 
 
 def find(op: str | Callable[..., Any]) -> Op:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _extension
 from .._checks import (
+    FLOAT_DTYPES,
     ceil_div,
     check_dtype,
     check_float_dtype,
@@ -19,7 +20,7 @@ from .._checks import (
     dtype_name,
     fail,
 )
-from .._registry import Op
+from .._registry import Op, TuningCase
 from ..reference import nf4_dequant as reference
 from ..triton_ops import _tuned
 
@@ -150,6 +151,16 @@ def _describe(
     return ""
 
 
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    for dtype in FLOAT_DTYPES:
+        for double_quant in (False, True):
+            for rows, columns in ((1024, 1024), (4096, 4096), (8192, 8192), (28672, 8192)):
+                n = rows * columns
+                packed, absmax, dq = reference.random_inputs(n, 64, device, double_quant=double_quant)
+                key = {"dtype": dtype_name(dtype), "double_quant": double_quant}
+                yield TuningCase(key, n, (packed, absmax, [rows, columns], dtype), dq)
+
+
 OP = Op(
     SCHEMA,
     check=_check,
@@ -157,6 +168,8 @@ OP = Op(
     reference=reference.nf4_dequant,
     triton="nf4_dequant",
     describe=_describe,
+    tuning=_tuning,
+    cuda_configs=7,  # kConfigs of csrc/cuda/nf4_dequant.cu
     cuda_key=lambda key: 2 * getattr(torch, key["dtype"]).itemsize + key["double_quant"],
 )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import _extension
-from .._checks import ceil_div, check_float_dtype
-from .._registry import Op
+from .._checks import FLOAT_DTYPES, ceil_div, check_float_dtype, dtype_name
+from .._registry import Op, TuningCase
 from ..reference import nf4_quantize as reference
 from .nf4_dequant import check_blocksize, check_code
 
@@ -41,6 +42,13 @@ def _describe(backend: str, w: Tensor, blocksize: int = 64, **kwargs: object) ->
     return ""
 
 
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    for dtype in FLOAT_DTYPES:
+        for rows, columns in ((1024, 1024), (4096, 4096), (28672, 8192)):
+            w = torch.randn(rows, columns, device=device, dtype=dtype)
+            yield TuningCase({"dtype": dtype_name(dtype)}, w.numel(), (w,), {})
+
+
 OP = Op(
     SCHEMA,
     check=_check,
@@ -48,6 +56,7 @@ OP = Op(
     reference=reference.nf4_quantize,
     triton="nf4_quantize",
     describe=_describe,
+    tuning=_tuning,
 )
 
 
