@@ -14,7 +14,7 @@ import torch
 from . import harness
 from .timing import QUICK
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = harness.pick_device()
 JOBS = [
     pytest.param(page, case, id=f"{page.op}[{case}]".replace(" ", "-"))
     for page in map(harness.page, harness.page_names())
@@ -25,7 +25,7 @@ JOBS = [
 @pytest.fixture(scope="module")
 def session() -> harness.Session:
     """The floors, measured once."""
-    return harness.Session.start(DEVICE.type, QUICK)
+    return harness.Session.start(DEVICE, QUICK)
 
 
 @pytest.mark.parametrize(("page", "case"), JOBS)

@@ -111,7 +111,9 @@ def test_equals_bitsandbytes(shape, quant_type, nested, dtype, backend, device):
     if nested:
         dq = {"absmax_code": state.state2.code, "absmax_scale": state.state2.absmax, "absmax_offset": state.offset}
     got = fastops.nf4_dequant(packed, state.absmax, w.shape, dtype, 64, code=state.code, **dq, backend=backend)
-    assert torch.equal(got, bnb.dequantize_4bit(packed, state))
+    if device.type == "cpu" and dtype == torch.float16:
+        state.dtype = torch.float32  # on some CPUs its fp16 arithmetic is not fp32 rounded once: take its fp32
+    assert torch.equal(got, bnb.dequantize_4bit(packed, state).to(dtype))
 
 
 BAD = {

@@ -26,7 +26,7 @@ struct Config {
 };
 
 // What `python -m fastops tune` chooses from; the index is what tuned tables hold.
-constexpr Config kConfigs[] = {{256, 1}, {256, 2}, {256, 4}, {512, 1}, {512, 2}, {512, 4}, {1024, 2}};
+constexpr Config kConfigs[] = {{256, 1}, {256, 2}, {256, 4}, {512, 1}, {512, 2}, {512, 4}, {128, 4}, {1024, 2}};
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kDefaultConfig = 1;
 
@@ -75,41 +75,42 @@ __device__ inline uint4 expand(const float* code, uint32_t bytes, float scale) {
 template <class T>
 __device__ inline uint32_t load_unit(const Params& p, int64_t unit) {
   const uint8_t* from = p.packed + unit * Unit<T>::kBytes;
-  if (p.aligned && (unit + 1) * Unit<T>::kWeights <= p.n) {
-    if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const uint16_t*>(from));
-    return __ldg(reinterpret_cast<const uint32_t*>(from));
-  }
+  if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const uint16_t*>(from));
+  return __ldg(reinterpret_cast<const uint32_t*>(from));
+}
+
+// Where packed is not aligned, or ends within the unit.
+template <class T>
+__device__ inline uint32_t load_unit_bytewise(const Params& p, int64_t unit) {
   uint32_t bytes = 0;
-  for (int i = 0; i < Unit<T>::kBytes && unit * Unit<T>::kBytes + i < (p.n + 1) / 2; ++i) {
-    bytes |= static_cast<uint32_t>(from[i]) << (8 * i);
+  for (int i = 0; i < Unit<T>::kBytes; ++i) {
+    const int64_t at = unit * Unit<T>::kBytes + i;
+    if (at < (p.n + 1) / 2) bytes |= static_cast<uint32_t>(p.packed[at]) << (8 * i);
   }
   return bytes;
 }
 
-// A block's scale in two steps, so that every load is issued before the barrier that the code tables need.
+// A block's scale in two steps: the loads that only need its index, then, behind the barrier, the one that needs their
+// result (the table's kilobyte stays in L1). Written as one, the compiler puts the packed loads behind the whole chain.
 template <bool kDoubleQuant>
-struct BlockScale;
-
-template <>
-struct BlockScale<false> {
+struct BlockScale {
   float scale;
-  __device__ void load(const nf4::ScalesView& s, int64_t block) {
-    scale = __ldg(static_cast<const float*>(s.absmax) + block);
-  }
-  __device__ float value(const float*, float) const { return scale; }
-};
-
-template <>
-struct BlockScale<true> {
   int quantized;
-  float scale;
+
   __device__ void load(const nf4::ScalesView& s, int64_t block) {
-    quantized = __ldg(static_cast<const uint8_t*>(s.absmax) + block);
-    scale = __ldg(s.absmax_scale + (block >> s.absmax_shift));
+    if constexpr (kDoubleQuant) {
+      quantized = __ldg(static_cast<const uint8_t*>(s.absmax) + block);
+      scale = __ldg(s.absmax_scale + (block >> s.absmax_shift));
+    } else {
+      scale = __ldg(static_cast<const float*>(s.absmax) + block);
+    }
   }
-  // Rounded apart, as bitsandbytes does: no fused multiply-add.
-  __device__ float value(const float* absmax_code, float offset) const {
-    return __fadd_rn(__fmul_rn(absmax_code[quantized], scale), offset);
+
+  // Product and offset rounded apart, as bitsandbytes does: no fused multiply-add.
+  __device__ float value(const nf4::ScalesView& s) const {
+    if constexpr (!kDoubleQuant) return scale;
+    const float product = __fmul_rn(__ldg(s.absmax_code + quantized), scale);
+    return s.absmax_offset ? __fadd_rn(product, __ldg(s.absmax_offset)) : product;
   }
 };
 
@@ -136,33 +137,35 @@ __device__ inline void store_unit(const Params& p, int64_t unit, uint4 value) {
 template <class T, bool kDoubleQuant, int kThreads, int kUnits>
 __global__ void __launch_bounds__(kThreads) dequant_kernel(const Params p) {
   __shared__ float code[16];
-  __shared__ float absmax_code[kDoubleQuant ? 256 : 1];
+  const auto fill_code = [&] {
+    if (threadIdx.x < 16) code[threadIdx.x] = nf4::code_at(p.scales.code, threadIdx.x);
+    __syncthreads();
+  };
   const int unit_shift = p.scales.block_shift - (sizeof(T) == 4 ? 2 : 3);  // unit index -> block index
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnits) + threadIdx.x;
-  const int64_t units = (p.n + Unit<T>::kWeights - 1) / Unit<T>::kWeights;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnits);
+  const int64_t first = tile + threadIdx.x;
 
-  uint32_t bytes[kUnits];
-  BlockScale<kDoubleQuant> scales[kUnits];
+  // All but the last block of an aligned input: every load is issued before the first use, no check between them.
+  if (p.aligned && (tile + kThreads * kUnits) * Unit<T>::kWeights <= p.n) {
+    uint32_t bytes[kUnits];
+    BlockScale<kDoubleQuant> scale[kUnits];
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int64_t unit = first + u * kThreads;
-    if (unit < units) {
-      bytes[u] = load_unit<T>(p, unit);
-      scales[u].load(p.scales, unit >> unit_shift);
+    for (int u = 0; u < kUnits; ++u) {
+      bytes[u] = load_unit<T>(p, first + u * kThreads);
+      scale[u].load(p.scales, (first + u * kThreads) >> unit_shift);
     }
-  }
-  if (threadIdx.x < 16) code[threadIdx.x] = nf4::code_at(p.scales.code, threadIdx.x);
-  float offset = 0.0f;
-  if constexpr (kDoubleQuant) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) absmax_code[i] = p.scales.absmax_code[i];
-    // Adding -0 changes no value, not even a zero's sign.
-    offset = p.scales.absmax_offset ? __ldg(p.scales.absmax_offset) : -0.0f;
-  }
-  __syncthreads();
+    fill_code();
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int64_t unit = first + u * kThreads;
-    if (unit < units) store_unit<T>(p, unit, expand<T>(code, bytes[u], scales[u].value(absmax_code, offset)));
+    for (int u = 0; u < kUnits; ++u) {
+      static_cast<uint4*>(p.out)[first + u * kThreads] = expand<T>(code, bytes[u], scale[u].value(p.scales));
+    }
+    return;
+  }
+  fill_code();
+  for (int64_t unit = first; unit < first + kThreads * kUnits && unit * Unit<T>::kWeights < p.n; unit += kThreads) {
+    BlockScale<kDoubleQuant> scale;
+    scale.load(p.scales, unit >> unit_shift);
+    store_unit<T>(p, unit, expand<T>(code, load_unit_bytewise<T>(p, unit), scale.value(p.scales)));
   }
 }
 

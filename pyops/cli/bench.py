@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress
 
-from ._terminal import console, progress, say, show_table
+from ._terminal import console, say, show_table
 
 PACKAGE = "fastops_bench"  # what bench/ is called once it is imported
 
@@ -46,13 +47,15 @@ def bench(
     for op in ops or ():
         if op not in known:
             raise typer.BadParameter(f"op must be one of {', '.join(known)}, got {op!r}")
-    if device not in (None, "cuda", "cpu"):
-        raise typer.BadParameter(f"--device must be cuda or cpu, got {device!r}")
+    try:
+        where = benches.pick_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if report:
         _report(ops)
     failed = check and not _check(ops)
     if not report and not check:
-        failed = not _measure(benches, ops or known, device, quick)
+        failed = not _measure(benches, ops or known, where, quick)
     if failed:
         raise typer.Exit(1)
 
@@ -80,12 +83,13 @@ def _bench_module(name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def _measure(benches: ModuleType, ops: list[str], device: str | None, quick: bool) -> bool:
+def _measure(benches: ModuleType, ops: list[str], device: Any, quick: bool) -> bool:
     """Run the pages of `ops`; whether everything was right."""
     session = _start(benches, device, quick)
     pages = [benches.page(op) for op in ops]
     outcomes: list[tuple[str, Any]] = []
-    with progress() as bar:
+    # On the console that `say` prints to, so that lines appear above the bar.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("bench", total=sum(len(page.cases_on(session.device)) for page in pages))
         for page in pages:
             bar.update(task, description=page.op)
@@ -103,14 +107,11 @@ def _measure(benches: ModuleType, ops: list[str], device: str | None, quick: boo
     return not failures
 
 
-def _start(benches: ModuleType, device: str | None, quick: bool) -> Any:
+def _start(benches: ModuleType, device: Any, quick: bool) -> Any:
     """A session on this device, its floors measured, shown and kept."""
     timing, records = _bench_module("timing"), _bench_module("records")
     say("measuring the floors …")
-    try:
-        session = benches.Session.start(device, timing.QUICK if quick else timing.FULL)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    session = benches.Session.start(device, timing.QUICK if quick else timing.FULL)
     peaks = dataclasses.asdict(session.peaks)
     say(f"{records.full_name(session.device)}: {', '.join(f'{name} {value:g}' for name, value in peaks.items())}")
     if not quick:
