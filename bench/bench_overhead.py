@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import fastops
 import torch
+
+import fastops
 from fastops import _registry
 from fastops.reference import nf4_dequant as reference
 

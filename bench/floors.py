@@ -1,7 +1,7 @@
 """What was possible: copy bandwidth and matrix peak of this device, measured in the run whose results they judge.
 
-A GPU cannot pass its floor. A CPU can by a little: what its last-level cache holds is written back after the clock stops,
-a large part of a 32 MB output and a small one of this copy.
+A CPU can pass its floor by a little: what its last-level cache holds is written back after the clock stops, and that is
+a larger part of a 32 MB output than of this copy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import FULL, Effort, Runner, cpu_us, cuda_eager_us, free_memory
+from .timing import FULL, Effort, Runner, cpu_spans_us, cuda_eager_us, free_memory
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
@@ -25,6 +25,10 @@ class Peaks:
 
     copy_gbps: float
     matmul_tflops: float
+
+    def or_better(self, other: Peaks) -> Peaks:
+        """The higher of each."""
+        return Peaks(max(self.copy_gbps, other.copy_gbps), max(self.matmul_tflops, other.matmul_tflops))
 
     def floor_us(self, cost: Any) -> float:
         """The least time of a Cost(bytes, flops): bytes over bandwidth or flops over peak, whichever is longer."""
@@ -39,7 +43,8 @@ def measure_peaks(device: torch.device, effort: Effort = FULL) -> Peaks:
 
 
 def _clock(device: torch.device, call: Runner, effort: Effort) -> float:
-    return cuda_eager_us(call, effort) if device.type == "cuda" else cpu_us(call, effort)
+    """A GPU's median; a CPU's best, since what others leave of it changes from one second to the next."""
+    return cuda_eager_us(call, effort) if device.type == "cuda" else min(cpu_spans_us(call, effort))
 
 
 def _buffer(device: torch.device) -> Tensor:

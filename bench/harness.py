@@ -7,6 +7,8 @@ failure; a peer that is missing, cannot run the case or computes something else 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +18,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-from fastops import _registry
 from torch import Tensor
+
+from fastops import _registry
 
 from . import records
 from .floors import Peaks, measure_peaks
@@ -25,6 +28,7 @@ from .peers import PEERS, Absent, Peer
 from .records import Record
 from .timing import (
     FULL,
+    QUICK,
     Effort,
     Runner,
     cpu_us,
@@ -96,6 +100,12 @@ class Session:
     def start(cls, device: torch.device, effort: Effort = FULL) -> Session:
         """Measure the floors of `device`."""
         return cls(device, measure_peaks(device, effort), effort)
+
+    def looked_again(self) -> Session:
+        """On a CPU, the best peaks seen so far and now: others may have been busy when the run began."""
+        if self.device.type == "cuda":
+            return self
+        return dataclasses.replace(self, peaks=self.peaks.or_better(measure_peaks(self.device, QUICK)))
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -213,7 +223,8 @@ class Bench:
             if backend == "reference" or (backend == "triton" and device.type == "cpu"):
                 continue  # slow by design: the truth, and Triton's interpreter
             try:
-                output = self._ours(backend)(call)()
+                with poisoned():
+                    output = self._ours(backend)(call)()
             except RuntimeError as why:
                 outcome.failures.append(f"{backend}: {first_line(why)}")
                 continue
@@ -270,6 +281,16 @@ class Bench:
             outcome.records.append(
                 make_record(self, outcome.case, backend, us, floor, errors[backend], theirs, graphed, session.device)
             )
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors start as NaN, so that memory which still holds an earlier right answer proves nothing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def first_line(error: Exception) -> str:
@@ -345,14 +366,17 @@ def page(op: str) -> Page:
     return found
 
 
-def run(page: Page, session: Session, keep: bool = True) -> Iterator[Outcome]:
-    """Measure every case of a page; with `keep`, write each result as soon as it is there."""
-    cases = page.cases_on(session.device)
+def run(pages: Sequence[Page], session: Session, keep: bool = True) -> Iterator[tuple[Page, Outcome]]:
+    """Measure every case of `pages`; with `keep`, write each result, and the peaks, as soon as they are there."""
     device = records.device_name(session.device)
-    for case in cases:
-        outcome = page.measure(case, session)
-        if keep and outcome.records:
-            records.save(device, page.op, outcome.records)
-        yield outcome
-    if keep:
-        records.prune(device, page.op, [records.case_key({"case": c.sizes, "dtype": c.dtype_name}) for c in cases])
+    for page in pages:
+        cases = page.cases_on(session.device)
+        for case in cases:
+            session = session.looked_again()
+            outcome = page.measure(case, session)
+            if keep and outcome.records:
+                records.save(device, page.op, outcome.records)
+                records.save_peaks(session.device, dataclasses.asdict(session.peaks))
+            yield page, outcome
+        if keep:
+            records.prune(device, page.op, [records.case_key({"case": c.sizes, "dtype": c.dtype_name}) for c in cases])

@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from fastops.reference.nf4_dequant import NF4_CODE
 from torch import Tensor
+
+from fastops.reference.nf4_dequant import NF4_CODE
 
 if TYPE_CHECKING:
     from .harness import Call

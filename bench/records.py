@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fastops.triton_ops._tuned import device_slug
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastops import _registry
 
 from . import harness, records, report

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CUDA_FLUSH_BYTES = 256 << 20  # as triton.testing.do_bench
+CUDA_FLUSH_BYTES = 512 << 20  # 0.17 ms of device time: longer than any host takes to launch what comes next
 ROTATION_L2 = 4  # input sets of a graph fill L2 this many times
 GRAPH_US = 3000.0  # work of one graph, so that its launch weighs less than 0.2 %
 MAX_GRAPH_CALLS = 256
-CPU_BATCH = 5
 
 Runner = Callable[[], Any]
 
@@ -164,16 +163,16 @@ def _cpu_span_us(call: Runner) -> float:
     return span * 1e6
 
 
-def cpu_us(call: Runner, effort: Effort = FULL) -> float:
-    """Median host time of a call on the CPU, with torch's threads as they are, in the calmest of several batches.
-
-    Whoever shares the machine stretches every call of a batch; the same clock times the floors and the peers.
-    """
+def cpu_spans_us(call: Runner, effort: Effort = FULL) -> list[float]:
+    """Host time of each of many calls on the CPU, with torch's threads as they are."""
     _cpu_span_us(call)
-    one_us = _median_us(call, 3)
-    batches = repeats(one_us, effort.cpu_ms / CPU_BATCH, 2, 12)
-    return min(_median_us(call, CPU_BATCH) for _ in range(batches))
+    one_us = statistics.median(_cpu_span_us(call) for _ in range(3))
+    return [_cpu_span_us(call) for _ in range(repeats(one_us, effort.cpu_ms, 7, 100))]
 
 
-def _median_us(call: Runner, count: int) -> float:
-    return statistics.median(_cpu_span_us(call) for _ in range(count))
+def cpu_us(call: Runner, effort: Effort = FULL) -> float:
+    """Lower quartile of the host time of a call.
+
+    On a machine of its own that is the median less a few per cent; beside others the median is how long they ran.
+    """
+    return statistics.quantiles(cpu_spans_us(call, effort), n=4)[0]

@@ -61,7 +61,8 @@ PyObject* device_slug(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> str: the instruction set the CPU kernels use."},
-    {"limit_cpu_isa", limit_cpu_isa, METH_O, "limit_cpu_isa(name) -> str: use at most this set; returns the one in use."},
+    {"limit_cpu_isa", limit_cpu_isa, METH_O,
+     "limit_cpu_isa(name) -> str: use at most this set; returns the one in use."},
     {"has_cuda_kernels", has_cuda_kernels, METH_NOARGS, "has_cuda_kernels() -> bool: built with nvcc."},
     {"set_tuned", set_tuned, METH_VARARGS, "set_tuned(op, gpu, rows): tuned CUDA configurations, 'key size config;…'."},
     {"device_slug", device_slug, METH_O, "device_slug(name) -> str: how tuned tables name a CUDA device."},

@@ -8,7 +8,7 @@ The same operators are torch.ops.fastops.*; `fastops.explain(op, *args)` says wh
 lists, proves and measures them.
 """
 
-from . import _extension  # isort: skip  # the compiled kernels register before their schemas are defined
+from . import _extension as _extension  # isort: skip  # compiled kernels register before their schemas are defined
 from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__

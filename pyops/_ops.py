@@ -20,4 +20,4 @@ def qualified(name: str) -> str:
 
 def overload(name: str) -> torch._ops.OpOverload:
     """The op's default overload, the fastest way to call it from Python."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]

@@ -182,7 +182,7 @@ class Op:
         return Explanation(self.name, str(device), backend, reason, config, missing)
 
     def load_tuned(self) -> None:
-        """Hand the tuned CUDA configurations of every known device to the compiled kernel (JSON; no device is touched)."""
+        """Hand the compiled kernel its tuned configurations for every known device; no device is touched."""
         if _extension.C is None or self.cuda_key is None:
             return
         for gpu in _tuned.gpus():

@@ -3,8 +3,8 @@
     packed, absmax = fastops.interop.nf4_quantize(numpy_weights)
     weights = fastops.interop.nf4_dequant(cupy_packed, cupy_absmax, (4096, 4096), "float16")
 
-Nothing is copied: inputs become tensors through DLPack, the op runs on the caller's current stream, and results come back
-as the caller's array type. Tensors among the arguments stay what they are; with tensors only, tensors are returned.
+Nothing is copied: inputs become tensors through DLPack, the op runs on the caller's current stream, and results come
+back as the caller's array type. Tensors among the arguments stay what they are; with tensors only, tensors come back.
 This is the only module that imports CuPy, and only when a CuPy array is given.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from . import _registry
@@ -68,14 +69,14 @@ def _framework(values: list[Any]) -> str:
 
 
 def _to_torch(op: str, name: str, value: Any, written: bool) -> Any:
-    if isinstance(value, str) and name == "dtype":
-        return getattr(torch, value, value)
+    if name == "dtype":
+        return _dtype_of(op, value)
     if not _is_array(value):
-        return _dtype_of(value) if name == "dtype" else value
+        return value
     if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
         fail(op, f"{name} must be a writable array, got a JAX array, which is immutable: copy it to a tensor first")
     if getattr(getattr(value, "flags", None), "writeable", True):
-        return torch.from_dlpack(value)
+        return torch.utils.dlpack.from_dlpack(value)
     if written:
         fail(op, f"{name} must be a writable array, got a read-only one")
     with warnings.catch_warnings():  # torch has no read-only tensors and says so; the op does not write this one
@@ -83,12 +84,15 @@ def _to_torch(op: str, name: str, value: Any, written: bool) -> Any:
         return torch.from_numpy(value)
 
 
-def _dtype_of(value: Any) -> Any:
-    """A torch dtype from torch's, NumPy's or JAX's."""
+def _dtype_of(op: str, value: Any) -> torch.dtype | None:
+    """A torch dtype from its name, or from torch's, NumPy's or JAX's own."""
     if value is None or isinstance(value, torch.dtype):
         return value
-    name = getattr(value, "name", None) or getattr(value, "__name__", None)
-    return getattr(torch, name, value) if isinstance(name, str) else value
+    name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", "")
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        fail(op, f"dtype must be a floating-point dtype or its name, got {value!r}")
+    return dtype
 
 
 @contextlib.contextmanager

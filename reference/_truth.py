@@ -28,7 +28,9 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def error_ratio(got: Tensor, truth: Tensor, magnitude: Tensor | None = None, accumulate: torch.dtype | None = None) -> float:
+def error_ratio(
+    got: Tensor, truth: Tensor, magnitude: Tensor | None = None, accumulate: torch.dtype | None = None
+) -> float:
     """Largest error of an element, as a multiple of the best possible rounding error.
 
     Per element |got - truth| / (u_out |truth| + u_acc magnitude), the maximum taken over all elements. An element that

@@ -102,7 +102,13 @@ def cost(
 
 
 def random_inputs(
-    n: int, blocksize: int, device: torch.device, *, double_quant: bool = False, code: Tensor | None = None, seed: int = 0
+    n: int,
+    blocksize: int,
+    device: torch.device,
+    *,
+    double_quant: bool = False,
+    code: Tensor | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
     """Random packed weights and scales: (packed, absmax, keyword arguments of the double quantisation and code)."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The rules of the house: one op, one name, the same place in every folder; imports climb no floor; imports are quiet."""
+"""The rules of the house: one op, one name, the same place in every folder; imports climb no floor and are quiet."""
 
 import ast
 import re
@@ -46,13 +46,16 @@ def test_the_reference_page_is_whole(op):
     page = importlib.import_module(f"fastops.reference.{FAMILY[op]}")
     for wanted in (op, "cost", "samples", "error", "BUDGET"):
         assert hasattr(page, wanted), f"reference/{FAMILY[op]}.py lacks {wanted}"
-    assert callable(getattr(fastops, op)) and op in fastops.__all__
+    assert callable(getattr(fastops, op))
+    assert op in fastops.__all__
 
 
 def test_no_stray_kernel_files():
     names = set(FAMILY.values())
     for folder, suffix in (("csrc/cuda", ".cu"), ("csrc/cpu", ".cpp"), ("triton_ops", ".py"), ("reference", ".py")):
-        stray = [p.name for p in (ROOT / folder).glob(f"*{suffix}") if p.stem not in names and not p.stem.startswith("_")]
+        stray = [
+            p.name for p in (ROOT / folder).glob(f"*{suffix}") if p.stem not in names and not p.stem.startswith("_")
+        ]
         assert not stray, f"{folder} holds {stray}, which belong to no op"
 
 
@@ -85,7 +88,9 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "package"), SOURCES, ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
+@pytest.mark.parametrize(
+    ("path", "package"), SOURCES, ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else ""
+)
 def test_imports_climb_no_floor(path, package):
     own = FLOORS["cli"] if path.name == "__main__.py" else FLOORS.get(package.partition(".")[2], MACHINERY)
     for module in imported_modules(path, package):
@@ -108,7 +113,9 @@ def test_floor_rule_sees_a_violation(tmp_path):
     assert floor_of(modules[0]) > FLOORS["triton_ops"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.c*")) + sorted((ROOT / "csrc").rglob("*.h")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "csrc").rglob("*.c*")) + sorted((ROOT / "csrc").rglob("*.h")), ids=lambda p: p.name
+)
 def test_kernels_include_common_only(path):
     own = re.findall(r'#include "([^"]+)"', path.read_text())
     assert all(name.startswith("common/") for name in own), own
@@ -118,7 +125,8 @@ def test_kernel_files_state_their_floor():
     for path in [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cpu").glob("*.cpp")]:
         head = path.read_text()[:1200]
         assert head.startswith(f"// {path.stem}: "), f"{path.name} must open with its op"
-        assert "Floor at " in head and "bench/results/" in head, f"{path.name} must state its floor and its results"
+        for stated in ("Floor at ", "bench/results/"):
+            assert stated in head, f"{path.name} must state its floor and its results"
 
 
 def test_the_namespace_is_named_once():

@@ -46,12 +46,18 @@ def test_numpy_has_no_bfloat16():
         interop.nf4_dequant(packed, absmax, (64, 128), "bfloat16")
 
 
+def test_unknown_dtype_is_named():
+    packed, absmax = interop.nf4_quantize(weights())
+    with pytest.raises(RuntimeError, match="dtype must be a floating-point dtype or its name, got 'floaty'"):
+        interop.nf4_dequant(packed, absmax, (64, 128), "floaty")
+
+
 def test_tensors_stay_tensors():
     assert isinstance(interop.nf4_quantize(torch.zeros(64))[0], torch.Tensor)
 
 
 def test_unknown_op():
-    with pytest.raises(AttributeError, match="no op 'nf5_dequant'; it has .*nf4_dequant"):
+    with pytest.raises(AttributeError, match=r"no op 'nf5_dequant'; it has .*nf4_dequant"):
         interop.nf5_dequant  # noqa: B018
 
 
@@ -84,7 +90,9 @@ def test_written_arguments_are_found_in_the_schema(monkeypatch):
             fake=lambda x, value: None,
             reference=fill,
         )
-    monkeypatch.setattr(fastops, "toy_fill", lambda x, value: _registry.registry["toy_fill"](None, x, value), raising=False)
+    monkeypatch.setattr(
+        fastops, "toy_fill", lambda x, value: _registry.registry["toy_fill"](None, x, value), raising=False
+    )
     target = np.zeros(3, np.float32)
     try:
         interop.toy_fill(target, np.full(3, 7, np.float32))
@@ -126,5 +134,5 @@ def test_jax_on_the_gpu():
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
         pytest.skip("this JAX has no GPU")
-    packed, absmax = interop.nf4_quantize(jax.numpy.asarray(weights()))
+    packed, _ = interop.nf4_quantize(jax.numpy.asarray(weights()))
     assert np.array_equal(np.asarray(packed), interop.nf4_quantize(weights())[0])

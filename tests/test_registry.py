@@ -117,7 +117,7 @@ def test_use_backend_for_good():
 
 @pytest.mark.parametrize("call", [fastops.use_backend, fastops.explain])
 def test_unknown_op_is_named(call):
-    with pytest.raises(RuntimeError, match="op must be one of .*nf4_dequant.*, got 'nf4_dequnt'"):
+    with pytest.raises(RuntimeError, match=r"op must be one of .*nf4_dequant.*, got 'nf4_dequnt'"):
         call("nf4_dequnt", "reference")
 
 

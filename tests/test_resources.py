@@ -16,7 +16,9 @@ LIBRARY = Path(fastops._extension.C.__file__)
 
 
 def cuobjdump(*arguments):
-    return subprocess.run([_aot.cuobjdump(), *arguments, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [_aot.cuobjdump(), *arguments, str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_no_kernel_spills(usage):
 
 
 def test_registers_leave_room_for_full_blocks(usage):
-    """64 registers a thread are what 1024 threads a multiprocessor's half can have; bandwidth kernels need occupancy."""
+    """Bandwidth kernels need threads: at 64 registers a multiprocessor holds 1024 of them."""
     heavy = [(name, registers) for name, registers, _, _ in usage if "nf4" in name and registers > 64]
     assert not heavy, heavy
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if registry.triton_interprets():
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
-from fastops.triton_ops import _aot  # noqa: E402
+from fastops.triton_ops import _aot
 
 SPECS = [
     pytest.param(spec, id=f"{op}-{spec.name}")

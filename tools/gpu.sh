@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 ops=("$@")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-deadline=$((SECONDS + ${FASTOPS_GPU_SECONDS:-470}))
+deadline=$((SECONDS + 470))
 failed=()
 
 die() {

@@ -41,7 +41,9 @@ class Report:
     shared: int
 
 
-def configurations(space: list[dict[str, Any]], default: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def configurations(
+    space: list[dict[str, Any]], default: dict[str, Any], entries: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Every configuration that can be launched: the default, the search space and the shipped winners, each once."""
     seen: list[dict[str, Any]] = []
     for config in (default, *space, *(e["config"] for e in entries)):
@@ -64,7 +66,9 @@ def compile_for(capability: int, spec: Specialization) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([cuobjdump(), "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [cuobjdump(), "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return Report(int(registers), int(stack), compiled.metadata.shared)
 

@@ -75,9 +75,13 @@ def nearest(op: str, gpu: str, backend: str, key: dict[str, Any], size: int) -> 
 
 @functools.lru_cache(maxsize=4096)
 def lookup(
-    op: str, device: torch.device, key: tuple[tuple[str, Any], ...], size_log2: int, default: tuple[tuple[str, Any], ...]
+    op: str,
+    device: torch.device,
+    key: tuple[tuple[str, Any], ...],
+    size_log2: int,
+    default: tuple[tuple[str, Any], ...],
 ) -> dict[str, Any]:
-    """The Triton configuration for a launch; sizes are told apart by powers of two so that this stays a dict look-up."""
+    """The Triton configuration for a launch; sizes are told apart by powers of two: this stays a dict look-up."""
     if device.type != "cuda":
         return dict(default)
     found = nearest(op, gpu_slug(device.index or 0), "triton", dict(key), 1 << size_log2)

@@ -1,10 +1,10 @@
 """nf4_dequant in Triton: out[i] = code[nibble i] * absmax[i // blocksize].
 
-Two numbers at 28672 x 8192, blocksize 64, bf16: 602 MB (132 read, 470 written), 199 us at 3.02 TB/s; 235 Mflop, nothing.
+Two numbers at 28672 x 8192, blocksize 64, bf16: 602 MB (132 read, 470 written), 199 us at 3.02 TB/s; 235 Mflop.
 A program expands WORDS words of 4 packed bytes: a word is 8 weights of one block (blocks are at least 32), and its 8
-outputs are 16 bytes of a 16-bit type, one store. The 16 codes are looked up with tl.gather, through shared memory; they
-are compile-time constants when the table is NF4's, loaded otherwise. Only the last program, and unaligned input, pay for
-masks and byte-wise loads.
+outputs are 16 bytes of a 16-bit type, one store. The 16 codes are looked up with tl.gather, through shared memory;
+they are compile-time constants when the table is NF4's, loaded otherwise. Only the last program, and unaligned input,
+pay for masks and byte-wise loads.
 """
 
 from __future__ import annotations
@@ -90,7 +90,14 @@ def _dequant_kernel(
         words = _load_words(packed_ptr, word, (left + 1) // 2, False)
     block = tl.minimum((first * 8 + word * 8) // BLOCKSIZE, (n - 1) // BLOCKSIZE)
     scale = _block_scale(
-        absmax_ptr, absmax_code_ptr, absmax_scale_ptr, absmax_offset_ptr, block, ABSMAX_BLOCKSIZE, DOUBLE_QUANT, HAS_OFFSET
+        absmax_ptr,
+        absmax_code_ptr,
+        absmax_scale_ptr,
+        absmax_offset_ptr,
+        block,
+        ABSMAX_BLOCKSIZE,
+        DOUBLE_QUANT,
+        HAS_OFFSET,
     )
     shift = (nibble ^ 1) * 4  # the high nibble of each byte comes first
     index = tl.reshape((words[:, None] >> shift[None, :]) & 15, (WORDS * 8,))
@@ -159,7 +166,12 @@ def specializations() -> Iterator[_aot.Specialization]:
         for out, double_quant, user_code in (
             ("bf16", False, False), ("bf16", True, False), ("fp16", False, True), ("fp32", True, True),
         ):  # fmt: skip
-            types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if double_quant else "*fp32", "out_ptr": f"*{out}", "n": "i64"}
+            types = {
+                "packed_ptr": "*u8",
+                "absmax_ptr": "*u8" if double_quant else "*fp32",
+                "out_ptr": f"*{out}",
+                "n": "i64",
+            }
             if double_quant:
                 types |= dict.fromkeys(("absmax_code_ptr", "absmax_scale_ptr", "absmax_offset_ptr"), "*fp32")
             if user_code:

@@ -22,7 +22,9 @@ from .nf4_dequant import NF4_CODE
 MIN_ABSMAX = tl.constexpr(1e-38)
 
 DEFAULT = {"TILE": 4096, "num_warps": 8}
-SPACE = [{"TILE": tile, "num_warps": warps} for tile, warps in ((4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))]
+SPACE = [
+    {"TILE": tile, "num_warps": warps} for tile, warps in ((4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))
+]
 
 
 @triton.jit

@@ -30,8 +30,6 @@ inline Isa detect_isa() {
 // What the kernels of this library use; fastops._C.limit_cpu_isa lowers it so that tests reach every path.
 inline std::atomic<Isa> active_isa{detect_isa()};
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar"; }
 
 }  // namespace fastops

@@ -1,5 +1,5 @@
-// Compile-time dispatch over run-time dtypes: dispatch_float(type, op, [&](auto zero) { using T = decltype(zero); ... }).
-// T is the framework's header-only type: float, Half or BFloat16.
+// Compile-time dispatch over run-time dtypes: dispatch_float(type, op, [&](auto zero) { using T = decltype(zero); ...
+// }). T is the framework's header-only type: float, Half or BFloat16.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -16,9 +16,15 @@ using BFloat16 = torch::headeronly::BFloat16;
 template <class F>
 void dispatch_float(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Half: f(Half{}); break;
-    case ScalarType::BFloat16: f(BFloat16{}); break;
-    default: f(float{}); break;
+    case ScalarType::Half:
+      f(Half{});
+      break;
+    case ScalarType::BFloat16:
+      f(BFloat16{});
+      break;
+    default:
+      f(float{});
+      break;
   }
 }
 

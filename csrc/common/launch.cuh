@@ -8,7 +8,7 @@
 
 // In libtorch_cuda: weak, so that the extension also loads where torch has no CUDA, and visible, so that it resolves.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
-                                                                                                           void**);
+                                                                                                          void**);
 
 namespace fastops {
 

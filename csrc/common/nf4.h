@@ -13,11 +13,23 @@ namespace fastops::nf4 {
 
 // Quantiles of a standard normal scaled to [-1, 1]: QLoRA, arXiv:2305.14314, appendix E. A macro, because device code
 // needs a copy in its own memory (nf4.cuh) and the values stand once.
-#define FO_NF4_CODE                                                                                            \
-  {-1.0f,                -0.6961928009986877f, -0.5250730514526367f,  -0.39491748809814453f,                   \
-   -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,                                  \
-   0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,  0.33791524171829224f,                    \
-   0.44070982933044434f, 0.5626170039176941f,  0.7229568362236023f,   1.0f}
+#define FO_NF4_CODE       \
+  {-1.0f,                 \
+   -0.6961928009986877f,  \
+   -0.5250730514526367f,  \
+   -0.39491748809814453f, \
+   -0.28444138169288635f, \
+   -0.18477343022823334f, \
+   -0.09105003625154495f, \
+   0.0f,                  \
+   0.07958029955625534f,  \
+   0.16093020141124725f,  \
+   0.24611230194568634f,  \
+   0.33791524171829224f,  \
+   0.44070982933044434f,  \
+   0.5626170039176941f,   \
+   0.7229568362236023f,   \
+   1.0f}
 
 inline constexpr float kCode[16] = FO_NF4_CODE;
 
@@ -36,11 +48,11 @@ struct Scales {
 
 // POD view of Scales for kernels.
 struct ScalesView {
-  const void* absmax;         // float [n_blocks], or uint8 when double-quantised
-  const float* code;          // [16] or null for NF4
-  const float* absmax_code;   // [256]
-  const float* absmax_scale;  // [ceil(n_blocks / absmax_blocksize)]
-  const float* absmax_offset; // [1] or null for 0
+  const void* absmax;          // float [n_blocks], or uint8 when double-quantised
+  const float* code;           // [16] or null for NF4
+  const float* absmax_code;    // [256]
+  const float* absmax_scale;   // [ceil(n_blocks / absmax_blocksize)]
+  const float* absmax_offset;  // [1] or null for 0
   int block_shift, absmax_shift;
 };
 
@@ -75,7 +87,9 @@ inline void check_packed(const char* op, const Tensor& packed, const Scales& s, 
   }
   check_dtype(op, "absmax", s.absmax, ScalarType::Byte);
   FO_CHECK(s.absmax_code && s.absmax_scale, op, "absmax_code and absmax_scale must be given together, got only ",
-           s.absmax_code ? "absmax_code" : s.absmax_scale ? "absmax_scale" : "absmax_offset");
+           s.absmax_code    ? "absmax_code"
+           : s.absmax_scale ? "absmax_scale"
+                            : "absmax_offset");
   check_same_device(op, "absmax_code", *s.absmax_code, "packed", packed);
   check_dtype(op, "absmax_code", *s.absmax_code, ScalarType::Float);
   FO_CHECK(s.absmax_code->numel() == 256, op, "absmax_code must have 256 elements, got ", s.absmax_code->numel());
@@ -83,8 +97,9 @@ inline void check_packed(const char* op, const Tensor& packed, const Scales& s, 
   const int64_t n_scales = ceil_div(n_blocks, s.absmax_blocksize);
   check_same_device(op, "absmax_scale", *s.absmax_scale, "packed", packed);
   check_dtype(op, "absmax_scale", *s.absmax_scale, ScalarType::Float);
-  FO_CHECK(s.absmax_scale->numel() == n_scales, op, "absmax_scale must have ceil(n_blocks / absmax_blocksize) = ",
-           n_scales, " elements, got ", s.absmax_scale->numel());
+  FO_CHECK(s.absmax_scale->numel() == n_scales, op,
+           "absmax_scale must have ceil(n_blocks / absmax_blocksize) = ", n_scales, " elements, got ",
+           s.absmax_scale->numel());
   if (!s.absmax_offset) return;
   check_same_device(op, "absmax_offset", *s.absmax_offset, "packed", packed);
   check_dtype(op, "absmax_offset", *s.absmax_offset, ScalarType::Float);
@@ -100,8 +115,8 @@ inline ScalesView view(Scales& kept) {
   const auto pointer = [](const std::optional<Tensor>& t) {
     return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
   };
-  return {kept.absmax.const_data_ptr(),  pointer(kept.code),          pointer(kept.absmax_code),
-          pointer(kept.absmax_scale),    pointer(kept.absmax_offset), log2_exact(kept.blocksize),
+  return {kept.absmax.const_data_ptr(),     pointer(kept.code),          pointer(kept.absmax_code),
+          pointer(kept.absmax_scale),       pointer(kept.absmax_offset), log2_exact(kept.blocksize),
           log2_exact(kept.absmax_blocksize)};
 }
 

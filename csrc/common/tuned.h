@@ -76,7 +76,8 @@ inline std::string device_slug(const std::string& name) {
   }
   std::vector<std::string> kept;
   for (const auto& w : words) {
-    if (!w.empty() && w != "nvidia" && w != "geforce" && w != "tesla" && w != "quadro" && w != "graphics") kept.push_back(w);
+    if (!w.empty() && w != "nvidia" && w != "geforce" && w != "tesla" && w != "quadro" && w != "graphics")
+      kept.push_back(w);
   }
   if (kept.empty()) return "unknown";
   const bool series = kept[0] == "rtx" || kept[0] == "gtx" || kept[0] == "titan";

@@ -1,7 +1,7 @@
 // nf4_dequant: out[i] = T(code[nibble i] * absmax[i / blocksize]).
 // Floor at 4096 x 4096, blocksize 64, bf16: 8.4 MB packed + 1.0 MB absmax read, 33.6 MB written = 43 MB, 1.5 ms at
-// 28 GB/s (copy, 2 threads); 17 Mflop: bytes-bound. What makes it so: a block has only 16 different outputs, so they are
-// scaled and rounded once a block, and the rest is a table look-up in registers (vpermw, vpermps, pshufb) with no
+// 28 GB/s (copy, 2 threads); 17 Mflop: bytes-bound. What makes it so: a block has only 16 different outputs, so they
+// are scaled and rounded once a block, and the rest is a table look-up in registers (vpermw, vpermps, pshufb) with no
 // arithmetic on the data.
 // Reached: bench/results/cpu/nf4_dequant.json.
 #include <algorithm>
@@ -130,8 +130,8 @@ FO_TARGET_AVX2 inline void scale_table_avx2(const float (&code)[16], float scale
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(rounded),
-                                         _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), is_nan);
+    const __m256 kept =
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), is_nan);
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
     const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(table + i), narrow);

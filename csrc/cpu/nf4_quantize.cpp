@@ -1,9 +1,9 @@
-// nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code order.
-// Floor at 4096 x 4096, blocksize 64, bf16: 33.6 MB read, 9.4 MB written = 43 MB, 1.5 ms at 28 GB/s (copy, 2 threads).
-// About 35 operations a weight (15 comparisons among them): compute-bound on a CPU, 16 lanes at a time with AVX-512.
-// The arithmetic is bitsandbytes' CPU path, operation by operation: a full block multiplies by the reciprocal of its
-// absmax, a last partial one divides by it and stores it no smaller than 1e-38.
-// Reached: bench/results/cpu/nf4_quantize.json.
+// nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code
+// order. Floor at 4096 x 4096, blocksize 64, bf16: 33.6 MB read, 9.4 MB written = 43 MB, 1.5 ms at 28 GB/s (copy, 2
+// threads). About 35 operations a weight (15 comparisons among them): compute-bound on a CPU, 16 lanes at a time with
+// AVX-512. The arithmetic is bitsandbytes' CPU path, operation by operation: a full block multiplies by the reciprocal
+// of its absmax, a last partial one divides by it and stores it no smaller than 1e-38. Reached:
+// bench/results/cpu/nf4_quantize.json.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -45,7 +45,8 @@ FO_INLINE float to_float(BFloat16 v) { return std::bit_cast<float>(static_cast<u
 // Half to float without a branch, so that it vectorises: rebias the exponent by a multiplication (exact, subnormals
 // included), then restore infinities and NaNs.
 FO_INLINE float to_float(Half v) {
-  const uint32_t sign = static_cast<uint32_t>(v.x & 0x8000) << 16, magnitude = static_cast<uint32_t>(v.x & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(v.x & 0x8000) << 16, magnitude = static_cast<uint32_t>(v.x & 0x7fff)
+                                                                               << 13;
   const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return std::bit_cast<float>(sign | scaled | special);
@@ -134,8 +135,13 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor w, int64_t blocksize, std::option
   const int64_t n = w.numel(), n_blocks = ceil_div(n, blocksize);
   Tensor packed = torch::stable::new_empty(w, std::vector<int64_t>{ceil_div(n, 2)}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(w, std::vector<int64_t>{n_blocks}, ScalarType::Float);
-  Params p{w.const_data_ptr(), static_cast<uint8_t*>(packed.mutable_data_ptr()),
-           static_cast<float*>(absmax.mutable_data_ptr()), n, log2_exact(blocksize), {}, {}};
+  Params p{w.const_data_ptr(),
+           static_cast<uint8_t*>(packed.mutable_data_ptr()),
+           static_cast<float*>(absmax.mutable_data_ptr()),
+           n,
+           log2_exact(blocksize),
+           {},
+           {}};
   set_code(p, code ? static_cast<const float*>(code->const_data_ptr()) : nf4::kCode);
   dispatch_float(w.scalar_type(), [&](auto zero) {
     const auto kernel = kernel_for<decltype(zero)>(active_isa);

@@ -2,12 +2,17 @@
 // Floor at 28672 x 8192, blocksize 64, bf16: 117 MB packed + 15 MB absmax read, 470 MB written = 602 MB, 199 us at
 // 3.02 TB/s; 235 Mflop: bytes-bound, and four fifths of the bytes are writes.
 // A thread turns one unit of packed bytes into one 16-byte store, so that stores coalesce perfectly: 4 bytes for 16-bit
-// outputs, 2 for fp32. The codes are looked up in shared memory: 16 entries in 16 banks, never a conflict. Measured on an
-// H100 at this size: plain stores, streaming stores, bulk stores from shared memory and a persistent grid end within 2 %
-// of each other except the persistent grid (7 % slower); the time is 99 % of copy bandwidth plus 4 to 5 us of launch, ramp
-// and tail. Reached: bench/results/h100/nf4_dequant.json. Source: arXiv:2604.02556.
+// outputs, 2 for fp32. Units are loaded 8 or 16 bytes a thread and change hands through shared memory. So do the
+// scales, one load (or chain of loads) a block of weights instead of one a thread: it hides behind the packed loads,
+// and only one barrier is needed. The codes are looked up in shared memory: 16 entries in 16 banks, never a conflict.
+// Measured on an H100: plain, streaming and bulk stores end within 1 % of each other and a persistent grid is 7 %
+// slower; the time is 99 % of copy bandwidth plus about 4 us of launch, ramp and tail, so small matrices want a single
+// wave of blocks (8 units a thread) and large ones many small blocks (2 units). Reached:
+// bench/results/h100/nf4_dequant.json. Source: arXiv:2604.02556.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "common/dispatch.h"
 #include "common/launch.cuh"
@@ -22,20 +27,20 @@ namespace {
 constexpr char kOp[] = "nf4_dequant";
 
 struct Config {
-  int threads, units;  // units a thread, all loaded before the first store
+  int threads, units;  // units a thread
 };
 
 // What `python -m fastops tune` chooses from; the index is what tuned tables hold.
-constexpr Config kConfigs[] = {{256, 1}, {256, 2}, {256, 4}, {512, 1}, {512, 2}, {512, 4}, {128, 4}, {1024, 2}};
+constexpr Config kConfigs[] = {{256, 2}, {512, 2}, {512, 4}, {128, 8}, {256, 8}, {512, 8}, {128, 16}, {64, 16}};
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
-constexpr int kDefaultConfig = 1;
+constexpr int kDefaultConfig = 0;
 
 struct Params {
   const uint8_t* packed;
   nf4::ScalesView scales;
   void* out;
   int64_t n;
-  bool aligned;  // packed starts at a multiple of a unit
+  bool aligned;  // packed starts at a multiple of 16 bytes
 };
 
 template <class T>
@@ -72,16 +77,9 @@ __device__ inline uint4 expand(const float* code, uint32_t bytes, float scale) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Byte by byte, for a packed that is not aligned or ends within the unit.
 template <class T>
 __device__ inline uint32_t load_unit(const Params& p, int64_t unit) {
-  const uint8_t* from = p.packed + unit * Unit<T>::kBytes;
-  if constexpr (sizeof(T) == 4) return __ldg(reinterpret_cast<const uint16_t*>(from));
-  return __ldg(reinterpret_cast<const uint32_t*>(from));
-}
-
-// Where packed is not aligned, or ends within the unit.
-template <class T>
-__device__ inline uint32_t load_unit_bytewise(const Params& p, int64_t unit) {
   uint32_t bytes = 0;
   for (int i = 0; i < Unit<T>::kBytes; ++i) {
     const int64_t at = unit * Unit<T>::kBytes + i;
@@ -90,8 +88,8 @@ __device__ inline uint32_t load_unit_bytewise(const Params& p, int64_t unit) {
   return bytes;
 }
 
-// A block's scale in two steps: the loads that only need its index, then, behind the barrier, the one that needs their
-// result (the table's kilobyte stays in L1). Written as one, the compiler puts the packed loads behind the whole chain.
+// A block's scale in two steps: the loads that need only its index, which come first of all, and the look-up that needs
+// their result, which waits in the shadow of the packed loads.
 template <bool kDoubleQuant>
 struct BlockScale {
   float scale;
@@ -134,38 +132,67 @@ __device__ inline void store_unit(const Params& p, int64_t unit, uint4 value) {
   }
 }
 
+// The widest load that divides a thread's share of the packed bytes.
+template <int kBytes>
+struct Vector {
+  using type = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes % 8 == 0, uint2, uint32_t>>;
+  static constexpr int kCount = kBytes / sizeof(type);
+};
+
 template <class T, bool kDoubleQuant, int kThreads, int kUnits>
 __global__ void __launch_bounds__(kThreads) dequant_kernel(const Params p) {
+  using Bytes = std::conditional_t<sizeof(T) == 4, uint16_t, uint32_t>;  // of a unit
+  using Load = Vector<kUnits * Unit<T>::kBytes>;
+  using LoadType = typename Load::type;
+  constexpr int kTileUnits = kThreads * kUnits, kTileWeights = kTileUnits * Unit<T>::kWeights;
+  __shared__ alignas(16) Bytes packed[kTileUnits];
+  __shared__ float scale[kTileWeights / nf4::kMinBlocksize];
   __shared__ float code[16];
-  const auto fill_code = [&] {
-    if (threadIdx.x < 16) code[threadIdx.x] = nf4::code_at(p.scales.code, threadIdx.x);
-    __syncthreads();
-  };
-  const int unit_shift = p.scales.block_shift - (sizeof(T) == 4 ? 2 : 3);  // unit index -> block index
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnits);
-  const int64_t first = tile + threadIdx.x;
 
-  // All but the last block of an aligned input: every load is issued before the first use, no check between them.
-  if (p.aligned && (tile + kThreads * kUnits) * Unit<T>::kWeights <= p.n) {
-    uint32_t bytes[kUnits];
-    BlockScale<kDoubleQuant> scale[kUnits];
+  const int unit_shift = p.scales.block_shift - (sizeof(T) == 4 ? 2 : 3);  // unit index -> block index
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTileUnits;
+  // True for all but the last block of an aligned input.
+  const bool whole = p.aligned && (tile + kTileUnits) * Unit<T>::kWeights <= p.n;
+
+  constexpr int kScales = (kTileWeights / nf4::kMinBlocksize + kThreads - 1) / kThreads;  // a thread's, at most
+  const int blocks = max(1, kTileWeights >> p.scales.block_shift);
+  BlockScale<kDoubleQuant> mine[kScales];
+  LoadType loaded[Load::kCount];
+  if (whole) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      bytes[u] = load_unit<T>(p, first + u * kThreads);
-      scale[u].load(p.scales, (first + u * kThreads) >> unit_shift);
+    for (int i = 0; i < kScales; ++i) {
+      const int block = i * kThreads + threadIdx.x;
+      if (block < blocks) mine[i].load(p.scales, (tile >> unit_shift) + block);
     }
-    fill_code();
+    const auto* from = reinterpret_cast<const LoadType*>(p.packed + tile * Unit<T>::kBytes);
+#pragma unroll
+    for (int i = 0; i < Load::kCount; ++i) loaded[i] = __ldg(from + i * kThreads + threadIdx.x);
+  }
+  if (threadIdx.x < 16) code[threadIdx.x] = nf4::code_at(p.scales.code, threadIdx.x);
+  if (whole) {
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) {
+      const int block = i * kThreads + threadIdx.x;
+      if (block < blocks) scale[block] = mine[i].value(p.scales);
+    }
+#pragma unroll
+    for (int i = 0; i < Load::kCount; ++i) reinterpret_cast<LoadType*>(packed)[i * kThreads + threadIdx.x] = loaded[i];
+  }
+  __syncthreads();
+
+  if (whole) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      static_cast<uint4*>(p.out)[first + u * kThreads] = expand<T>(code, bytes[u], scale[u].value(p.scales));
+      const int unit = u * kThreads + threadIdx.x;
+      static_cast<uint4*>(p.out)[tile + unit] = expand<T>(code, packed[unit], scale[unit >> unit_shift]);
     }
     return;
   }
-  fill_code();
-  for (int64_t unit = first; unit < first + kThreads * kUnits && unit * Unit<T>::kWeights < p.n; unit += kThreads) {
-    BlockScale<kDoubleQuant> scale;
-    scale.load(p.scales, unit >> unit_shift);
-    store_unit<T>(p, unit, expand<T>(code, load_unit_bytewise<T>(p, unit), scale.value(p.scales)));
+  const int64_t end = min(tile + kTileUnits, ceil_div(p.n, Unit<T>::kWeights));
+  for (int64_t unit = tile + threadIdx.x; unit < end; unit += kThreads) {
+    BlockScale<kDoubleQuant> one;
+    one.load(p.scales, unit >> unit_shift);
+    store_unit<T>(p, unit, expand<T>(code, load_unit<T>(p, unit), one.value(p.scales)));
   }
 }
 
@@ -177,8 +204,7 @@ void launch(const Params& p, int config, cudaStream_t stream) {
     const int64_t grid = ceil_div(p.n, static_cast<int64_t>(Unit<T>::kWeights) * c.threads * c.units);
     FO_CHECK(grid <= INT32_MAX, kOp, "shape must have fewer than ",
              static_cast<int64_t>(INT32_MAX) * Unit<T>::kWeights * c.threads * c.units, " weights, got ", p.n);
-    dequant_kernel<T, kDoubleQuant, c.threads, c.units>
-        <<<static_cast<unsigned>(grid), c.threads, 0, stream>>>(p);
+    dequant_kernel<T, kDoubleQuant, c.threads, c.units><<<static_cast<unsigned>(grid), c.threads, 0, stream>>>(p);
   }
 }
 
@@ -195,7 +221,7 @@ Tensor nf4_dequant(Tensor packed, Tensor absmax, std::vector<int64_t> shape, Sca
   Tensor out = torch::stable::new_empty(packed, shape, dtype);
   if (n == 0) return out;
   const auto* from = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const Params p{from, nf4::view(scales), out.mutable_data_ptr(), n, reinterpret_cast<uintptr_t>(from) % 4 == 0};
+  const Params p{from, nf4::view(scales), out.mutable_data_ptr(), n, reinterpret_cast<uintptr_t>(from) % 16 == 0};
   dispatch_float(dtype, [&](auto zero) {
     dispatch_bool(scales.double_quant(), [&](auto double_quant) {
       using T = decltype(zero);

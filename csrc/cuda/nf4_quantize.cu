@@ -1,6 +1,6 @@
-// nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code order.
-// Floor at 28672 x 8192, blocksize 64, bf16: 470 MB read, 132 MB written = 602 MB, 199 us at 3.02 TB/s. About 20
-// instructions a weight, 4 of them shared-memory look-ups of a binary search: 165 us of issue slots, close behind.
+// nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code
+// order. Floor at 28672 x 8192, blocksize 64, bf16: 470 MB read, 132 MB written = 602 MB, 199 us at 3.02 TB/s. About 16
+// instructions a weight, 2 of them shared-memory look-ups of a binary search: 130 us of issue slots, not far behind.
 // A thread holds 8 weights (one 16-byte load of a 16-bit type, one 4-byte store); blocksize / 8 neighbouring threads
 // share a block and its maximum, by shuffles within a warp and through shared memory beyond it.
 // Reached: bench/results/h100/nf4_quantize.json.
@@ -49,18 +49,24 @@ __device__ inline void load_weights(const Params& p, int64_t start, float (&valu
   for (int i = 0; i < kWeights; ++i) value[i] = start + i < p.n ? to_float(w[i]) : 0.0f;
 }
 
-// Sorted midpoints and the way back from a sorted position to its nibble, by the first 16 threads.
+// Sorted midpoints and, for a user's code, the way back from a sorted position to its nibble.
 struct Bounds {
   float midpoint[15];
   uint8_t order[16];
 
+  // By the first 16 threads; ends with a barrier.
   __device__ void fill(const float* user_code, float* sorted) {
     const int i = threadIdx.x;
+    if (!user_code) {
+      if (i < 15) midpoint[i] = nf4::kDeviceMidpoints.value[i];
+      __syncthreads();
+      return;
+    }
     if (i < 16) {
-      const float mine = nf4::code_at(user_code, i);
+      const float mine = user_code[i];
       int rank = 0;  // a stable sort: equal codes keep their order
       for (int j = 0; j < 16; ++j) {
-        const float other = nf4::code_at(user_code, j);
+        const float other = user_code[j];
         rank += other < mine || (other == mine && j < i);
       }
       sorted[rank] = mine;
@@ -71,10 +77,11 @@ struct Bounds {
     __syncthreads();
   }
 
-  // How many midpoints lie below v; a NaN is above all of them.
-  __device__ int rank(float v) const {
-    int r = !(v <= midpoint[7]) * 8;
-    r += !(v <= midpoint[r + 3]) * 4;
+  // How many midpoints lie below v, by binary search; a NaN is above all of them. The first two levels are the caller's
+  // registers: 3, 7 and 11 are the midpoints of those ranks.
+  __device__ int rank(float v, float m3, float m7, float m11) const {
+    const bool upper = !(v <= m7);
+    int r = upper * 8 + !(v <= (upper ? m11 : m3)) * 4;
     r += !(v <= midpoint[r + 1]) * 2;
     return r + !(v <= midpoint[r]);
   }
@@ -123,13 +130,20 @@ __global__ void __launch_bounds__(kThreads<kGroup>) quantize_kernel(const Params
   const int64_t block = thread / kGroup;
   const bool partial = (block + 1) * kGroup * kWeights > p.n;
   if (thread % kGroup == 0) p.absmax[block] = partial ? clamped : raw;
-  const float reciprocal = 1.0f / clamped;
+  if (partial) {
+    for (int i = 0; i < kWeights; ++i) value[i] /= clamped;
+  } else {
+    const float reciprocal = 1.0f / clamped;
+#pragma unroll
+    for (int i = 0; i < kWeights; ++i) value[i] *= reciprocal;
+  }
 
+  const float m3 = bounds.midpoint[3], m7 = bounds.midpoint[7], m11 = bounds.midpoint[11];
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < kWeights; ++i) {
-    const float scaled = partial ? value[i] / clamped : __fmul_rn(value[i], reciprocal);
-    const uint32_t nibble = bounds.order[bounds.rank(scaled)];
+    const int rank = bounds.rank(value[i], m3, m7, m11);
+    const uint32_t nibble = p.code ? bounds.order[rank] : rank;  // NF4's codes are sorted already
     word |= nibble << (8 * (i / 2) + (i % 2 ? 0 : 4));
   }
   if (start + kWeights <= p.n) {
@@ -163,8 +177,11 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor w, int64_t blocksize, std::option
   Tensor absmax = torch::stable::new_empty(w, std::vector<int64_t>{ceil_div(n, blocksize)}, ScalarType::Float);
   if (n == 0) return {packed, absmax};
   const void* from = w.const_data_ptr();
-  const Params p{from, code ? static_cast<const float*>(code->const_data_ptr()) : nullptr,
-                 static_cast<uint8_t*>(packed.mutable_data_ptr()), static_cast<float*>(absmax.mutable_data_ptr()), n,
+  const Params p{from,
+                 code ? static_cast<const float*>(code->const_data_ptr()) : nullptr,
+                 static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                 static_cast<float*>(absmax.mutable_data_ptr()),
+                 n,
                  reinterpret_cast<uintptr_t>(from) % 16 == 0};
   dispatch_float(w.scalar_type(), [&](auto zero) { launch<decltype(zero)>(p, blocksize, scope.stream()); });
   scope.check();

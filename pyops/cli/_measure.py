@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +23,7 @@ def perplexity(model: nn.Module, tokens: Tensor, advance: Callable[[], None]) ->
     """exp of the mean negative log-likelihood of tokens [n], in windows; `advance` is called after each window."""
     total, count = 0.0, 0
     with torch.inference_mode():
-        for window in tokens.split(WINDOW):
+        for window in torch.split(tokens, WINDOW):
             if len(window) < 2:
                 continue
             loss = model(input_ids=window[None], labels=window[None]).loss
@@ -52,16 +51,21 @@ class Clock:
     def end(self) -> None:
         """Called by generate() at the end."""
 
-    def tokens_per_second(self) -> float:
-        """By the median decode step, which other programs disturb least; the prompt's pass is not counted."""
-        return 1 / statistics.median(after - before for before, after in itertools.pairwise(self.times))
+    def steps(self) -> list[float]:
+        """Seconds from each token to the next; the first token, which takes the prompt's pass, starts the clock."""
+        return [after - before for before, after in itertools.pairwise(self.times)]
 
 
-def generate(model: Any, prompt: Tensor, new_tokens: int, advance: Callable[[], None]) -> tuple[Tensor, float]:
-    """(the new tokens, tokens a second) of greedy generation; model.generation_config must not stop it early."""
+def tokens_per_second(steps: list[float]) -> float:
+    """By the lower quartile of the step times, since other programs may share the cores."""
+    return 1 / sorted(steps)[len(steps) // 4]
+
+
+def generate(model: Any, prompt: Tensor, new_tokens: int, advance: Callable[[], None]) -> tuple[Tensor, list[float]]:
+    """(the new tokens, step times) of greedy generation; model.generation_config must not stop it early."""
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with torch.inference_mode():
         model.generate(prompt, max_new_tokens=2, **options)  # first calls compile and choose kernels
         clock = Clock(advance)
         out = model.generate(prompt, max_new_tokens=new_tokens, streamer=clock, **options)
-    return out[0, prompt.shape[1] :], clock.tokens_per_second()
+    return out[0, prompt.shape[1] :], clock.steps()

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 import fastops
+
 from .. import _registry
 
 HEADER = "| op | what it does | backends | results |\n| --- | --- | --- | --- |"

@@ -13,7 +13,7 @@ from .tune import tune
 from .verify import verify
 
 app = typer.Typer(
-    help="Operators for fast model inference: what is here, what it does on a model, whether it is right, how fast it is.",
+    help="Operators for fast model inference: what is here, what it does to a model, is it right, how fast is it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -91,15 +91,14 @@ def _measure(benches: ModuleType, ops: list[str], device: Any, quick: bool) -> b
     # On the console that `say` prints to, so that lines appear above the bar.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("bench", total=sum(len(page.cases_on(session.device)) for page in pages))
-        for page in pages:
-            bar.update(task, description=page.op)
-            if not page.cases_on(session.device):
-                say(f"{page.op}: no case for {session.device.type}, see --device")
-            for outcome in benches.run(page, session, keep=not quick):
-                for line in _bench_module("report").lines(outcome):
-                    say(f"{page.op} {line}")
-                outcomes.append((page.op, outcome))
-                bar.advance(task)
+        for page, outcome in benches.run(pages, session, keep=not quick):
+            for line in _bench_module("report").lines(outcome):
+                say(f"{page.op} {line}")
+            outcomes.append((page.op, outcome))
+            bar.update(task, advance=1, description=page.op)
+    for page in pages:
+        if not page.cases_on(session.device):
+            say(f"{page.op}: no case for {session.device.type}, see --device")
     absent = {f"{op}: {name} absent: {why}" for op, outcome in outcomes for name, why in outcome.absent.items()}
     failures = [f"FAILED {op} {outcome.case} {why}" for op, outcome in outcomes for why in outcome.failures]
     for line in [*sorted(absent), *failures]:
@@ -108,14 +107,12 @@ def _measure(benches: ModuleType, ops: list[str], device: Any, quick: bool) -> b
 
 
 def _start(benches: ModuleType, device: Any, quick: bool) -> Any:
-    """A session on this device, its floors measured, shown and kept."""
+    """A session on this device, its floors measured and shown."""
     timing, records = _bench_module("timing"), _bench_module("records")
     say("measuring the floors …")
     session = benches.Session.start(device, timing.QUICK if quick else timing.FULL)
     peaks = dataclasses.asdict(session.peaks)
     say(f"{records.full_name(session.device)}: {', '.join(f'{name} {value:g}' for name, value in peaks.items())}")
-    if not quick:
-        records.save_peaks(session.device, peaks)
     return session
 
 

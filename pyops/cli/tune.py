@@ -20,9 +20,13 @@ from ._terminal import progress, say, show_table
 # A configuration replaces the default only if it is at least this much faster: less is noise.
 MIN_GAIN = 0.01
 
+Candidate = tuple[dict[str, Any], Callable[[], Any]]  # a configuration and a call that runs under it
+
 
 def tune(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to tune; all that have configurations when left out.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="Ops to tune; all that have configurations when left out.")
+    ] = None,
     ship: Annotated[
         bool, typer.Option("--ship", help="Write to triton_ops/tuned of this checkout instead of the cache folder.")
     ] = False,
@@ -62,20 +66,21 @@ def tune_op(op: Op, device: torch.device) -> list[dict[str, Any]]:
     with progress() as bar:
         task = bar.add_task(f"tuning {op.name}", total=None)
         for case in op.tuning(device):
-            for backend, default, candidates in _races(op, case):
-                entries.append(_winner(backend, case, default, candidates))
+            for backend, candidates in _races(op, case):
+                entries.append(_winner(backend, case, candidates))
             bar.advance(task)
     return entries
 
 
-def _races(op: Op, case: TuningCase) -> Iterator[tuple[str, dict[str, Any], list[tuple[dict[str, Any], Callable[[], Any]]]]]:
-    """(backend, default configuration, [(configuration, call)]) for each backend that has a choice."""
+def _races(op: Op, case: TuningCase) -> Iterator[tuple[str, list[Candidate]]]:
+    """(backend, candidates with the default first) for each backend that has a choice."""
     if not triton_missing() and op._triton is not None:
         page = op.triton_page()
         space = [page.DEFAULT, *(c for c in page.SPACE if c != page.DEFAULT)]
-        yield "triton", page.DEFAULT, [(c, _triton_call(page, case, c)) for c in space]
+        yield "triton", [(c, _triton_call(page, case, c)) for c in space]
     if op.cuda_configs and _extension.HAS_CUDA_KERNELS:
-        yield "cuda", {}, [(c, _cuda_call(op, case, c)) for c in ({}, *({"index": i} for i in range(op.cuda_configs)))]
+        indices = [{"index": i} for i in range(op.cuda_configs)]  # the first one is the default
+        yield "cuda", [(c, _cuda_call(op, case, c)) for c in indices]
 
 
 def _triton_call(page: Any, case: TuningCase, config: dict[str, Any]) -> Callable[[], Any]:
@@ -83,10 +88,9 @@ def _triton_call(page: Any, case: TuningCase, config: dict[str, Any]) -> Callabl
 
 
 def _cuda_call(op: Op, case: TuningCase, config: dict[str, Any]) -> Callable[[], Any]:
-    """The compiled kernel under one configuration; the empty one is the built-in default."""
+    """The compiled kernel under one configuration, forced through the table that it looks up."""
     assert op.cuda_key is not None
-    key = op.cuda_key(case.key)
-    row = f"{key} {case.size} {config['index']}" if config else ""
+    row = f"{op.cuda_key(case.key)} {case.size} {config['index']}"
     gpu = _tuned.gpu_slug(case.args[0].device.index)
 
     def call() -> Any:
@@ -96,9 +100,7 @@ def _cuda_call(op: Op, case: TuningCase, config: dict[str, Any]) -> Callable[[],
     return call
 
 
-def _winner(
-    backend: str, case: TuningCase, default: dict[str, Any], candidates: list[tuple[dict[str, Any], Callable[[], Any]]]
-) -> dict[str, Any]:
+def _winner(backend: str, case: TuningCase, candidates: list[Candidate]) -> dict[str, Any]:
     """Race the candidates twice, in both orders, and keep each one's better time."""
     best: dict[int, float] = {}
     for i in [*range(len(candidates)), *reversed(range(len(candidates)))]:
@@ -121,14 +123,13 @@ def _microseconds(call: Callable[[], Any]) -> float:
 
 
 def write(folder: Path, op: str, gpu: str, entries: list[dict[str, Any]]) -> Path:
-    """Write a table whole or not at all. An empty configuration means the default was best: no entry is needed."""
+    """Write a table whole or not at all."""
     versions = {"torch": torch.__version__}
     if not triton_missing():
         import triton
 
         versions["triton"] = triton.__version__
-    kept = [e for e in entries if e["config"]]
-    lines = ",\n    ".join(json.dumps(e) for e in kept)
+    lines = ",\n    ".join(json.dumps(e) for e in entries)
     head = json.dumps({"op": op, "gpu": gpu, "versions": versions})[:-1]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
@@ -146,7 +147,7 @@ def show(op: str, gpu: str, entries: list[dict[str, Any]]) -> None:
             e["backend"],
             " ".join(f"{k}={v}" for k, v in e["key"].items()),
             str(e["size"]),
-            " ".join(f"{k}={v}" for k, v in e["config"].items()) or "default",
+            " ".join(f"{k}={v}" for k, v in e["config"].items()),
             f"{e['us']:.1f}",
             f"{e['default_us'] / e['us']:.3f}x",
         ]

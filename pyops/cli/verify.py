@@ -12,9 +12,9 @@ import torch
 import typer
 
 import fastops
+
 from .. import _registry
 from .._checks import FLOAT_DTYPES, dtype_name
-
 from ._terminal import progress, say, show_table
 
 COLUMNS = ("op", "device", "backend", "dtype", "samples", "worst error", "budget", "result")
@@ -85,7 +85,9 @@ def chosen_devices(name: str | None) -> list[torch.device]:
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"device must be cpu or cuda, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"device must be here, got {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise typer.BadParameter(
+            f"device must be here, got {name!r}: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return [device]
 
 

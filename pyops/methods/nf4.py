@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_float_dtype
 from ..ops.nf4_dequant import check_blocksize, nf4_dequant
 from ..ops.nf4_quantize import ABSMAX_BLOCKSIZE, nf4_quantize
 
@@ -89,7 +90,12 @@ class Nf4Linear(nn.Module):
             packed, absmax = nf4_quantize(weight, blocksize)
             dq = {}
         layer = cls(
-            linear.in_features, linear.out_features, bias=False, blocksize=blocksize, double_quant=double_quant, device="meta"
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            device="meta",
         )
         layer.packed, layer.absmax = packed, absmax
         for name in DQ_BUFFERS if double_quant else ():
@@ -133,7 +139,7 @@ class Nf4Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
         """Move the scales where `fn` moves them but never round them: model.half() must not touch the weights."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
@@ -166,10 +172,10 @@ def quantize_model(
     Returns:
         The same model.
 
-    Raises:
+    Raises (and leaves the model unchanged):
         TypeError: `model` is itself an nn.Linear, or `skip` is one string.
-        ValueError: no layer is left to quantise, or one is on the meta device. The model is unchanged.
-        RuntimeError: blocksize is not a power of two from 32 to 4096.
+        ValueError: no layer is left to quantise, or one is on the meta device.
+        RuntimeError: blocksize is not a power of two from 32 to 4096, or a weight is not fp32, fp16 or bf16.
     """
     if type(model) is nn.Linear:
         raise TypeError("quantize_model: model must contain linear layers, got an nn.Linear: use Nf4Linear.from_linear")
@@ -182,6 +188,7 @@ def quantize_model(
     for linear, spots in places.items():
         if linear.weight.is_meta:
             raise ValueError(f"quantize_model: {spots[0][0]} must hold values, got a weight on the meta device")
+        check_float_dtype("quantize_model", f"{spots[0][0]}.weight", linear.weight.dtype)
     total = len(places)
     while places:  # emptied as it goes, so that each dense weight is freed before the next is quantised
         linear, spots = places.popitem()

@@ -33,7 +33,9 @@ DQ = (
 )
 
 SCHEMA = (
-    "nf4_dequant(Tensor packed, Tensor absmax, SymInt[] shape, ScalarType dtype, int blocksize=64, *, " + DQ + ") -> Tensor"
+    "nf4_dequant(Tensor packed, Tensor absmax, SymInt[] shape, ScalarType dtype, int blocksize=64, *, "
+    + DQ
+    + ") -> Tensor"
 )
 
 
@@ -84,7 +86,13 @@ def check_packed(
         return
     check_dtype(op, "absmax", absmax, torch.uint8)
     if absmax_code is None or absmax_scale is None:
-        only = "absmax_code" if absmax_code is not None else "absmax_scale" if absmax_scale is not None else "absmax_offset"
+        only = (
+            "absmax_code"
+            if absmax_code is not None
+            else "absmax_scale"
+            if absmax_scale is not None
+            else "absmax_offset"
+        )
         fail(op, f"absmax_code and absmax_scale must be given together, got only {only}")
     check_same_device(op, "absmax_code", absmax_code, "packed", packed)
     check_dtype(op, "absmax_code", absmax_code, torch.float32)
@@ -135,7 +143,13 @@ def _fake(
 
 
 def _describe(
-    backend: str, packed: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype, *args: object, **kwargs: object
+    backend: str,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *args: object,
+    **kwargs: object,
 ) -> str:
     if backend == "cpu" and _extension.C is not None:
         return f"{_extension.C.cpu_isa()}, {torch.get_num_threads()} threads"
