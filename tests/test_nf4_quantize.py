@@ -100,6 +100,16 @@ def test_values_on_every_decision_boundary(backend, device):
     assert nibbles[31:46].tolist() == list(range(15))
 
 
+@per_backend
+def test_every_half_precision_value(backend, device):
+    """All fp16 values in [-1, 1], each in a block whose absmax is 1, so that the value itself meets every boundary."""
+    bits = torch.arange(0, 0x3C00 + 1, dtype=torch.int32)
+    values = torch.cat([bits, bits | 0x8000]).to(torch.uint16).view(torch.float16)
+    values = torch.cat([values, values.new_zeros(-values.numel() % 63)]).view(-1, 63)
+    w = torch.cat([values.new_ones(values.shape[0], 1), values], dim=1).to(device)
+    assert reference.error(fastops.nf4_quantize(w, backend=backend), w) == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 300),

@@ -1,6 +1,6 @@
 // nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code
-// order. Floor at 28672 x 8192, blocksize 64, bf16: 470 MB read, 132 MB written = 602 MB, 199 us at 3.02 TB/s. About 16
-// instructions a weight, 2 of them shared-memory look-ups of a binary search: 130 us of issue slots, not far behind.
+// order. Floor at 28672 x 8192, blocksize 64, bf16: 470 MB read, 132 MB written = 602 MB, 199 us at 3.02 TB/s. About 20
+// instructions a weight, 2 of them shared-memory look-ups: 160 us of issue slots, not far behind.
 // A thread holds 8 weights (one 16-byte load of a 16-bit type, one 4-byte store); blocksize / 8 neighbouring threads
 // share a block and its maximum, by shuffles within a warp and through shared memory beyond it.
 // Reached: bench/results/h100/nf4_quantize.json.
@@ -49,16 +49,19 @@ __device__ inline void load_weights(const Params& p, int64_t start, float (&valu
   for (int i = 0; i < kWeights; ++i) value[i] = start + i < p.n ? to_float(w[i]) : 0.0f;
 }
 
-// Sorted midpoints and, for a user's code, the way back from a sorted position to its nibble.
-struct Bounds {
+// Where a value lies among the codes, in shared memory: by NF4's bins, or for a user's code by its sorted midpoints and
+// the way back from a sorted position to its nibble.
+struct Ranks {
   float midpoint[15];
+  int first[nf4::RankTable::kBins];
   uint8_t order[16];
 
-  // By the first 16 threads; ends with a barrier.
+  // By the first 32 threads; ends with a barrier.
   __device__ void fill(const float* user_code, float* sorted) {
     const int i = threadIdx.x;
     if (!user_code) {
-      if (i < 15) midpoint[i] = nf4::kDeviceMidpoints.value[i];
+      if (i < 15) midpoint[i] = nf4::kDeviceRanks.midpoint[i];
+      if (i < nf4::RankTable::kBins) first[i] = nf4::kDeviceRanks.first[i];
       __syncthreads();
       return;
     }
@@ -77,13 +80,17 @@ struct Bounds {
     __syncthreads();
   }
 
-  // How many midpoints lie below v, by binary search; a NaN is above all of them. The first two levels are the caller's
-  // registers: 3, 7 and 11 are the midpoints of those ranks.
-  __device__ int rank(float v, float m3, float m7, float m11) const {
-    const bool upper = !(v <= m7);
-    int r = upper * 8 + !(v <= (upper ? m11 : m3)) * 4;
-    r += !(v <= midpoint[r + 1]) * 2;
+  __device__ uint32_t nf4_nibble(float v) const {
+    const int r = first[nf4::rank_bin(v)];
     return r + !(v <= midpoint[r]);
+  }
+
+  // How many midpoints lie below v, by binary search; a NaN is above all of them.
+  __device__ uint32_t user_nibble(float v) const {
+    int r = !(v <= midpoint[7]) * 8;
+    r += !(v <= midpoint[r + 3]) * 4;
+    r += !(v <= midpoint[r + 1]) * 2;
+    return order[r + !(v <= midpoint[r])];
   }
 };
 
@@ -110,14 +117,14 @@ constexpr int kThreads = kGroup > 256 ? kGroup : 256;
 
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads<kGroup>) quantize_kernel(const Params p) {
-  __shared__ Bounds bounds;
+  __shared__ Ranks ranks;
   __shared__ float sorted[16];
   __shared__ int warp_max[kThreads<kGroup> / 32];
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads<kGroup> + threadIdx.x;
   const int64_t start = thread * kWeights;
   float value[kWeights];
   load_weights<T>(p, start, value);
-  bounds.fill(p.code, sorted);
+  ranks.fill(p.code, sorted);
 
   int largest = 0;
 #pragma unroll
@@ -138,13 +145,13 @@ __global__ void __launch_bounds__(kThreads<kGroup>) quantize_kernel(const Params
     for (int i = 0; i < kWeights; ++i) value[i] *= reciprocal;
   }
 
-  const float m3 = bounds.midpoint[3], m7 = bounds.midpoint[7], m11 = bounds.midpoint[11];
+  const auto place = [](uint32_t nibble, int i) { return nibble << (8 * (i / 2) + (i % 2 ? 0 : 4)); };
   uint32_t word = 0;
+  if (p.code) {
+    for (int i = 0; i < kWeights; ++i) word |= place(ranks.user_nibble(value[i]), i);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kWeights; ++i) {
-    const int rank = bounds.rank(value[i], m3, m7, m11);
-    const uint32_t nibble = p.code ? bounds.order[rank] : rank;  // NF4's codes are sorted already
-    word |= nibble << (8 * (i / 2) + (i % 2 ? 0 : 4));
+    for (int i = 0; i < kWeights; ++i) word |= place(ranks.nf4_nibble(value[i]), i);
   }
   if (start + kWeights <= p.n) {
     reinterpret_cast<uint32_t*>(p.packed)[thread] = word;

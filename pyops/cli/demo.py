@@ -72,9 +72,9 @@ class Result:
 def demo(
     prompt: Annotated[
         str, typer.Option(help="What to ask the model.")
-    ] = "Why is the sky blue? Answer in two sentences.",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of real text for the perplexity.")] = 2048,
+    ] = "What is photosynthesis? Answer in one sentence.",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 48,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of real text for the perplexity.")] = 1024,
     blocksize: Annotated[int, typer.Option(help="Weights a block, a power of two from 32 to 4096.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
     dtype: Annotated[
