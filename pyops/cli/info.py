@@ -155,9 +155,14 @@ def _show_facts(title: str, facts: Mapping[str, Any]) -> None:
     say(title)
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = {True: "yes", False: "no", None: "not there"}.get(value, value) if not isinstance(value, int) else value
-        say(f"  {name.ljust(width)}  {shown}")
+        say(f"  {name.ljust(width)}  {_shown(value)}")
     say()
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not there"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _op_row(name: str, facts: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
     """(model, tokenizer) from a GGUF file by way of transformers, with nothing fetched and nothing printed."""
     for package in ("transformers", "gguf"):
         if importlib.util.find_spec(package) is None:
-            raise Missing(f"{package} is missing: pip install 'fastops[demo]'")
+            raise Missing(f"{package} is missing: pip install transformers gguf (the extra fastops[demo])")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
     transformers: Any = importlib.import_module("transformers")
     gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
