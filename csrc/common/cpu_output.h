@@ -16,7 +16,7 @@ namespace fastops {
 
 class HostPool {
  public:
-  static constexpr size_t kMinBytes = 1 << 20, kKeepBytes = 256 << 20, kPage = 2 << 20;
+  static constexpr size_t kMinBytes = 1 << 20, kKeepBytes = 256 << 20, kGrain = 1 << 16;
 
   // Never destroyed: tensors may outlive every static object.
   static HostPool& get() {
@@ -26,7 +26,7 @@ class HostPool {
 
   // A block of at least `bytes`, or null when the system has none. `*capacity` is what give_back wants.
   void* take(size_t bytes, size_t* capacity) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    bytes = (bytes + kGrain - 1) / kGrain * kGrain;
     {
       const std::lock_guard lock(mutex_);
       const auto fit = free_.lower_bound(bytes);

@@ -6,7 +6,6 @@
 // bench/results/cpu/nf4_quantize.json.
 #include <algorithm>
 #include <bit>
-#include <cmath>
 
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
@@ -27,12 +26,14 @@ struct Params {
   int block_shift;
   float bounds[15];   // midpoints of the sorted code
   uint8_t order[16];  // sorted position -> nibble
+  bool sorted;        // order changes nothing
 };
 
 void set_code(Params& p, const float* code) {
   for (int i = 0; i < 16; ++i) p.order[i] = static_cast<uint8_t>(i);
   std::stable_sort(p.order, p.order + 16, [&](uint8_t a, uint8_t b) { return code[a] < code[b]; });
   for (int i = 0; i < 15; ++i) p.bounds[i] = (code[p.order[i]] + code[p.order[i + 1]]) / 2;
+  p.sorted = std::is_sorted(p.order, p.order + 16);
 }
 
 // Everything below is plain C++ that the compiler vectorises once for each instruction set it is inlined under.
@@ -45,16 +46,33 @@ FO_INLINE float to_float(BFloat16 v) { return std::bit_cast<float>(static_cast<u
 // Half to float without a branch, so that it vectorises: rebias the exponent by a multiplication (exact, subnormals
 // included), then restore infinities and NaNs.
 FO_INLINE float to_float(Half v) {
-  const uint32_t sign = static_cast<uint32_t>(v.x & 0x8000) << 16, magnitude = static_cast<uint32_t>(v.x & 0x7fff)
-                                                                               << 13;
+  const uint32_t sign = static_cast<uint32_t>(v.x & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(v.x & 0x7fff) << 13;
   const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return std::bit_cast<float>(sign | scaled | special);
 }
 
+constexpr int kChunk = 32;  // weights in flight: 16 packed bytes
+
+// The codes of `size` scaled values, two a byte.
+FO_INLINE void pack_chunk(const Params& p, const float (&value)[kChunk], int size, uint8_t* packed) {
+  int32_t rank[kChunk] = {};
+  for (int k = 0; k < 15; ++k) {
+    const float bound = p.bounds[k];
+    for (int i = 0; i < kChunk; ++i) rank[i] += !(value[i] <= bound);  // NaN counts as above every bound
+  }
+  if (p.sorted && size == kChunk) {
+    for (int i = 0; i < kChunk / 2; ++i) packed[i] = static_cast<uint8_t>(rank[2 * i] << 4 | rank[2 * i + 1]);
+    return;
+  }
+  for (int i = 0; i < (size + 1) / 2; ++i) {
+    packed[i] = static_cast<uint8_t>(p.order[rank[2 * i]] << 4 | p.order[rank[2 * i + 1]]);
+  }
+}
+
 template <class T>
 FO_INLINE void quantize_block(const Params& p, int64_t block) {
-  constexpr int kChunk = 32;  // weights in flight, one packed row of 16 bytes
   const int64_t blocksize = int64_t{1} << p.block_shift, start = block * blocksize;
   const int64_t count = std::min(blocksize, p.n - start);
   const T* w = static_cast<const T*>(p.w) + start;
@@ -68,28 +86,22 @@ FO_INLINE void quantize_block(const Params& p, int64_t block) {
   const float clamped = raw < nf4::kMinAbsmax ? nf4::kMinAbsmax : raw;
   const bool partial = count < blocksize;
   p.absmax[block] = partial ? clamped : raw;
-  const float reciprocal = 1.0f / clamped;
 
+  const float reciprocal = 1.0f / clamped;
   uint8_t* packed = p.packed + start / 2;
+  if (!partial) {
+    for (int64_t base = 0; base < count; base += kChunk) {  // blocks are multiples of a chunk
+      float value[kChunk];
+      for (int i = 0; i < kChunk; ++i) value[i] = to_float(w[base + i]) * reciprocal;
+      pack_chunk(p, value, kChunk, packed + base / 2);
+    }
+    return;
+  }
   for (int64_t base = 0; base < count; base += kChunk) {
     const int size = static_cast<int>(std::min<int64_t>(kChunk, count - base));
-    float value[kChunk];
-    for (int i = 0; i < kChunk; ++i) value[i] = 0.0f;  // the padding nibble of an odd length is the code of 0
-    for (int i = 0; i < size; ++i) value[i] = to_float(w[base + i]);
-    if (partial) {
-      for (int i = 0; i < kChunk; ++i) value[i] /= clamped;
-    } else {
-      for (int i = 0; i < kChunk; ++i) value[i] *= reciprocal;
-    }
-    int32_t rank[kChunk];
-    for (int i = 0; i < kChunk; ++i) rank[i] = 0;
-    for (int k = 0; k < 15; ++k) {
-      const float bound = p.bounds[k];
-      for (int i = 0; i < kChunk; ++i) rank[i] += !(value[i] <= bound);  // NaN counts as above every bound
-    }
-    for (int i = 0; i < (size + 1) / 2; ++i) {
-      packed[base / 2 + i] = static_cast<uint8_t>(p.order[rank[2 * i]] << 4 | p.order[rank[2 * i + 1]]);
-    }
+    float value[kChunk] = {};  // the padding nibble of an odd length is the code of 0
+    for (int i = 0; i < size; ++i) value[i] = to_float(w[base + i]) / clamped;
+    pack_chunk(p, value, size, packed + base / 2);
   }
 }
 
@@ -141,7 +153,8 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor w, int64_t blocksize, std::option
            n,
            log2_exact(blocksize),
            {},
-           {}};
+           {},
+           false};
   set_code(p, code ? static_cast<const float*>(code->const_data_ptr()) : nf4::kCode);
   dispatch_float(w.scalar_type(), [&](auto zero) {
     const auto kernel = kernel_for<decltype(zero)>(active_isa);

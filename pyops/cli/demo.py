@@ -28,6 +28,7 @@ from .info import cpu_name
 from .verify import chosen_devices
 
 OURS = "fastops NF4"
+BLOCKSIZE = 64
 SKIP = ("lm_head",)  # tied to the embedding table, which stays dense in every variant
 
 
@@ -75,7 +76,6 @@ def demo(
     ] = "What is photosynthesis? Answer in one sentence.",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 48,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of real text for the perplexity.")] = 1024,
-    blocksize: Annotated[int, typer.Option(help="Weights a block, a power of two from 32 to 4096.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
     dtype: Annotated[
         DataType | None,
@@ -92,7 +92,7 @@ def demo(
     where = chosen_devices(device)[-1]
     chosen = getattr(torch, dtype.value if dtype else "bfloat16" if where.type == "cuda" else "float32")
     try:
-        results, notes = run(prompt, new_tokens, text_tokens, blocksize, where, chosen, gguf)
+        results, notes = run(prompt, new_tokens, text_tokens, where, chosen, gguf)
     except smollm2.Missing as missing:
         typer.echo(f"fastops demo: {missing}", err=True)
         raise typer.Exit(2) from None
@@ -104,7 +104,6 @@ def run(
     prompt: str,
     new_tokens: int,
     text_tokens: int,
-    blocksize: int,
     device: torch.device,
     dtype: torch.dtype,
     gguf: Path | None,
@@ -119,7 +118,7 @@ def run(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"].to(device)
     text_ids = tokenizer(smollm2.real_text(), return_tensors="pt").input_ids[0, :text_tokens].to(device)
-    models = build(model, variants(blocksize, dtype))
+    models = build(model, variants(dtype))
     notes = [
         f"{smollm2.NAME} on {device_title(device)}, {dtype_name(dtype)} activations, torch {torch.__version__}",
         f"tokens/s: {new_tokens} tokens generated greedily, twice, batch 1; lower quartile of the step times",
@@ -140,24 +139,24 @@ def build(model: nn.Module, wanted: list[Variant]) -> dict[str, nn.Module]:
     return models
 
 
-def variants(blocksize: int, dtype: torch.dtype) -> list[Variant]:
+def variants(dtype: torch.dtype) -> list[Variant]:
     """The dense model, ours, and bitsandbytes' where it is installed; all compute in the same dtype."""
     found = [
         Variant(f"dense {dtype_name(dtype)}", None),
-        Variant(OURS, lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize)),
+        Variant(OURS, lambda m: quantize_model(m, skip=SKIP, blocksize=BLOCKSIZE)),
         Variant(
-            f"{OURS}, double quant.", lambda m: quantize_model(m, skip=SKIP, blocksize=blocksize, double_quant=True)
+            f"{OURS}, double quant.", lambda m: quantize_model(m, skip=SKIP, blocksize=BLOCKSIZE, double_quant=True)
         ),
     ]
     if importlib.util.find_spec("bitsandbytes") is not None:
         found += [
-            Variant("bitsandbytes NF4", lambda m: bitsandbytes_model(m, blocksize, dtype, False)),
-            Variant("bitsandbytes NF4, double quant.", lambda m: bitsandbytes_model(m, blocksize, dtype, True)),
+            Variant("bitsandbytes NF4", lambda m: bitsandbytes_model(m, dtype, False)),
+            Variant("bitsandbytes NF4, double quant.", lambda m: bitsandbytes_model(m, dtype, True)),
         ]
     return found
 
 
-def bitsandbytes_model(model: nn.Module, blocksize: int, dtype: torch.dtype, double_quant: bool) -> nn.Module:
+def bitsandbytes_model(model: nn.Module, dtype: torch.dtype, double_quant: bool) -> nn.Module:
     """The same layers as bitsandbytes' Linear4bit."""
     # On the CPU it warns that a faster kernel could be fetched from a model hub; the demo fetches nothing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -169,17 +168,17 @@ def bitsandbytes_model(model: nn.Module, blocksize: int, dtype: torch.dtype, dou
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
         )
         layer.weight = bnb.Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type="nf4", blocksize=blocksize,
+            linear.weight.detach(), requires_grad=False, quant_type="nf4", blocksize=BLOCKSIZE,
             compress_statistics=double_quant,
         )  # fmt: skip
         layer.bias = linear.bias
-        model.set_submodule(name, layer.to(linear.weight.device))  # quantises
+        # Quantises; and only out of training mode does it take its faster CPU path.
+        model.set_submodule(name, layer.to(linear.weight.device).train(linear.training))
     return model
 
 
 def measure(models: dict[str, nn.Module], job: Job) -> list[Result]:
     """Memory, perplexity, speed and text of every variant."""
-    sizes = {name: weights_megabytes(m) for name, m in models.items()}  # first: a forward may repack weights
     steps: dict[str, list[float]] = {name: [] for name in models}
     new_ids: dict[str, Tensor] = {}
     with progress() as bar:
@@ -189,6 +188,7 @@ def measure(models: dict[str, nn.Module], job: Job) -> list[Result]:
         for name in [*models, *reversed(models)]:  # there and back: a machine that slows down slows all alike
             new_ids[name], times = generate(models[name], job.prompt_ids, job.new_tokens, lambda: bar.advance(writing))
             steps[name] += times
+    sizes = {name: weights_megabytes(m) for name, m in models.items()}  # last: bitsandbytes repacks in its first call
     return [
         Result(name, *sizes[name], tokens_per_second(steps[name]), losses[name], readable(job.tokenizer, new_ids[name]))
         for name in models
