@@ -4,9 +4,11 @@ Environment, all optional:
     FASTOPS_PURE=1           no compiled code at all (Triton and reference remain)
     FASTOPS_CUDA=0           CPU kernels only, even where nvcc is present
     FASTOPS_HOST=0           leave out _host, so that one wheel serves every Python from 3.10 up
-    TORCH_CUDA_ARCH_LIST     architectures as torch spells them, e.g. "8.0;9.0a;9.0+PTX" (the default is that list)
+    TORCH_CUDA_ARCH_LIST     architectures as torch spells them, e.g. "8.0;9.0a;9.0+PTX"; the default is sm_80, sm_90a
+                             and the PTX of 9.0 for every later device
     MAX_JOBS                 parallel compile jobs
-A machine without a C++ compiler gets the pure install and a line that says so.
+A machine that lacks what a build needs (a C++ compiler, CMake, Ninja, Python's headers) gets the pure install and a
+line that says why.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,14 +28,22 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pyops/_version.py").read_text()).group(1)
+ARCHITECTURES = "80-real;90a-real;90-virtual"  # torch's spelling has no word for PTX alone
 
 
 def flag(name: str, default: bool) -> bool:
     return os.environ.get(name, "1" if default else "0").lower() not in ("0", "false", "off", "no")
 
 
-def has_compiler() -> bool:
-    return any(shutil.which(c) for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c)
+def missing() -> str:
+    """What a build needs and this machine lacks, or ""."""
+    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c):
+        return "no C++ compiler found"
+    for program in ("cmake", "ninja"):
+        if not shutil.which(program):
+            return f"no {program} on PATH"
+    headers = Path(sysconfig.get_path("include"))
+    return "" if (headers / "Python.h").is_file() else f"no Python.h in {headers}"
 
 
 def cuda_architectures(arch_list: str) -> str:
@@ -53,6 +64,8 @@ class CMakeBuild(build_ext):
     """Run CMake once and put each module where setuptools expects it."""
 
     def run(self) -> None:
+        if not self.extensions:  # a pure install; `build_ext` was asked for by name
+            return
         torch = importlib.util.find_spec("torch")
         if torch is None:
             sys.exit(
@@ -60,15 +73,16 @@ class CMakeBuild(build_ext):
                 "--no-build-isolation ."
             )
         build = Path(self.build_temp).resolve()
+        arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
         args = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DTORCH_DIR={Path(torch.origin).parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTOPS_CUDA={'ON' if flag('FASTOPS_CUDA', True) else 'OFF'}",
             f"-DFASTOPS_HOST={'ON' if flag('FASTOPS_HOST', True) else 'OFF'}",
+            # Always given: CMake's cache would remember the list of an earlier run.
+            f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures(arch_list) if arch_list else ARCHITECTURES}",
         ]  # fmt: skip
-        if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            args.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures(os.environ['TORCH_CUDA_ARCH_LIST'])}")
         subprocess.run(args, check=True)
         jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         with open(build / "compile.log", "w") as log:  # what the compilers said, ptxas' resource report included
@@ -116,8 +130,8 @@ class Abi3Wheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if flag("FASTOPS_PURE", False):
         return []
-    if not has_compiler():
-        print("fastops: no C++ compiler found: a pure install (Triton and reference backends)", file=sys.stderr)
+    if reason := missing():
+        print(f"fastops: {reason}: a pure install (Triton and reference backends)", file=sys.stderr)
         return []
     names = ["fastops._C"] + (["fastops._host"] if flag("FASTOPS_HOST", True) else [])
     return [Extension(n, sources=[], py_limited_api=n == "fastops._C", optional=n == "fastops._host") for n in names]

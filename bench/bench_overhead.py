@@ -21,6 +21,7 @@ import fastops
 from fastops import _registry
 from fastops.reference import nf4_dequant as reference
 
+from . import records
 from .bench_nf4_dequant import make
 from .harness import Call, Case, Outcome, Session, make_record
 from .records import Record
@@ -93,10 +94,11 @@ class Overhead:
     """The page: one record for each way into the op."""
 
     op = "overhead"
-    sources = (
-        "bench/bare_op.cpp", "csrc/cpu/nf4_dequant.cpp", "csrc/common/*",
-        "pyops/_registry.py", "pyops/ops/nf4_dequant.py",
-    )  # fmt: skip
+
+    def sources(self, backend: str) -> tuple[str, ...]:
+        """The kernel's files, what stands before it in Python, and the bare op."""
+        kernel = records.op_sources("nf4_dequant", backend)
+        return (*kernel, "bench/bare_op.cpp", "pyops/_registry.py", "pyops/ops/nf4_dequant.py")
 
     def cases_on(self, device: torch.device) -> list[Case]:
         """Only a CPU's: a GPU's calls take the same path."""

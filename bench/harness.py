@@ -7,7 +7,6 @@ failure; a peer that is missing, cannot run the case or computes something else 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastops import _registry
+from fastops.testing import poison
 
 from . import records
 from .floors import Peaks, measure_peaks
@@ -130,9 +130,8 @@ class Page(Protocol):
     def op(self) -> str:
         """Its name, and that of its results."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Globs of the files whose change makes the results stale."""
+    def sources(self, backend: str) -> tuple[str, ...]:
+        """Globs of the files whose change makes the results of `backend` stale."""
 
     def cases_on(self, device: torch.device) -> list[Case]:
         """The cases for this kind of device."""
@@ -165,10 +164,9 @@ class Bench:
     chunks: Callable[[Call, Any], Iterator[tuple[Any, Call]]]
     family: str = ""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
+    def sources(self, backend: str) -> tuple[str, ...]:
         """The kernel's files."""
-        return records.op_sources(self.family or self.op)
+        return records.op_sources(self.family or self.op, backend)
 
     @functools.cached_property
     def reference(self) -> ModuleType:
@@ -223,7 +221,7 @@ class Bench:
             if backend == "reference" or (backend == "triton" and device.type == "cpu"):
                 continue  # slow by design: the truth, and Triton's interpreter
             try:
-                with poisoned():
+                with poison():  # memory that still holds an earlier right answer proves nothing
                     output = self._ours(backend)(call)()
             except RuntimeError as why:
                 outcome.failures.append(f"{backend}: {first_line(why)}")
@@ -283,16 +281,6 @@ class Bench:
             )
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors start as NaN, so that memory which still holds an earlier right answer proves nothing."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def first_line(error: Exception) -> str:
     """What an exception says, in brief."""
     return str(error).partition("\n")[0]
@@ -350,7 +338,7 @@ def make_record(
         "peers": dict(peers),
         "graphed": graphed,
         **env,
-        "kernel_hash": records.kernel_hash(page.sources),
+        "kernel_hash": records.kernel_hash(page.sources(backend)),
         "date": date,
     }
 

@@ -1,7 +1,7 @@
 """What was measured, on disk: bench/results/<device>/<op>.json and bench/peaks/<device>.json.
 
 The keys of a record are fixed, since reports and checks read them. A newer measurement of the same (op, case, backend,
-dtype, graphed) replaces the older one; `kernel_hash` tells whether the sources have changed since.
+dtype, graphed) replaces the older one; `kernel_hash` tells whether the backend's sources have changed since.
 """
 
 from __future__ import annotations
@@ -91,9 +91,23 @@ def environment(device: torch.device) -> Record:
     return env if on_gpu else {**env, "threads": torch.get_num_threads()}
 
 
-def op_sources(stem: str) -> tuple[str, ...]:
-    """The files a kernel is made of, as globs under the root; `stem` is the op's, or its family's chief member."""
-    return (f"csrc/cuda/{stem}.cu", f"csrc/cpu/{stem}.cpp", f"triton_ops/{stem}.py", "csrc/common/*")
+def op_sources(stem: str, backend: str) -> tuple[str, ...]:
+    """The files a backend's kernel is made of, as globs under the root.
+
+    Only its own, so that an edit for one backend leaves the results of the others valid. For `cuda` the headers are
+    the .cuh: code that runs on the device lives there and in the .cu, and what a host header (.h) changes does not run
+    on the device, constants of the format and the layout of arguments aside.
+
+    Args:
+        stem: the op, or its family's chief member.
+        backend: "cuda" | "triton" | "cpu" | "reference".
+    """
+    return {
+        "cuda": (f"csrc/cuda/{stem}.cu", "csrc/common/*.cuh"),
+        "triton": (f"triton_ops/{stem}.py",),
+        "cpu": (f"csrc/cpu/{stem}.cpp", "csrc/common/*.h"),
+        "reference": (f"reference/{stem}.py",),
+    }[backend]
 
 
 def kernel_hash(sources: Iterable[str]) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,16 +126,19 @@ def _note(found: Sequence[Record]) -> str:
 def stale(ops: Sequence[str] | None = None) -> list[tuple[str, Record]]:
     """(device, record) of every result whose kernel has changed since, or has no bench any more."""
     known = harness.page_names()
-    hashes: dict[str, str] = {}
-    old = []
-    for device, by_op in records.all_results().items():
-        for op, found in by_op.items():
-            if ops and op not in ops:
-                continue
-            if op in known and op not in hashes:
-                hashes[op] = records.kernel_hash(harness.page(op).sources)
-            old += [(device, r) for r in found if r["kernel_hash"] != hashes.get(op)]
-    return old
+
+    @functools.cache
+    def now(op: str, backend: str) -> str | None:
+        return records.kernel_hash(harness.page(op).sources(backend)) if op in known else None
+
+    return [
+        (device, r)
+        for device, by_op in records.all_results().items()
+        for op, found in by_op.items()
+        if not ops or op in ops
+        for r in found
+        if r["kernel_hash"] != now(op, r["backend"])
+    ]
 
 
 def write_docs(ops: Sequence[str] | None = None) -> list[Path]:

@@ -69,6 +69,34 @@ def test_a_record_replaces_its_elder_and_gets_stale(results: Path, monkeypatch: 
     assert not records.load("cpu", "nf4_dequant")
 
 
+@pytest.mark.parametrize(
+    ("edited", "older"),
+    [
+        ("csrc/common/nf4.h", {"cpu"}),
+        ("csrc/cpu/nf4_dequant.cpp", {"cpu"}),
+        ("csrc/common/nf4.cuh", {"cuda"}),
+        ("csrc/cuda/nf4_dequant.cu", {"cuda"}),
+        ("triton_ops/nf4_dequant.py", {"triton"}),
+        ("reference/nf4_dequant.py", {"reference"}),
+        ("csrc/cuda/nf4_quantize.cu", set()),
+    ],
+)
+def test_an_edit_makes_its_own_backend_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str, older: set[str]
+) -> None:
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    for file in ("csrc/common/nf4.h", "csrc/common/nf4.cuh", edited):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("before")
+
+    def hashes() -> dict[str, str]:
+        return {b: records.kernel_hash(BENCH.sources(b)) for b in _registry.BACKENDS}
+
+    before = hashes()
+    (tmp_path / edited).write_text("after")
+    assert {b for b, now in hashes().items() if now != before[b]} == older
+
+
 def test_chunks_cover_the_whole_output() -> None:
     big = case(3, 1 << 21, torch.float16, device="cpu", blocksize=4096, dq=True)
     call = BENCH.inputs(big, CPU)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/cpu_isa.h"
+#include "common/cpu_output.h"
 #include "common/tuned.h"
 
 namespace {
@@ -36,6 +37,12 @@ PyObject* limit_cpu_isa(PyObject*, PyObject* name) {
   return nullptr;
 }
 
+PyObject* enable_output_pool(PyObject*, PyObject* on) {
+  const int wanted = PyObject_IsTrue(on);
+  if (wanted < 0) return nullptr;
+  return PyBool_FromLong(fastops::HostPool::get().enabled.exchange(wanted != 0));
+}
+
 PyObject* has_cuda_kernels(PyObject*, PyObject*) {
 #if defined(FASTOPS_WITH_CUDA)
   Py_RETURN_TRUE;
@@ -63,6 +70,8 @@ PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> str: the instruction set the CPU kernels use."},
     {"limit_cpu_isa", limit_cpu_isa, METH_O,
      "limit_cpu_isa(name) -> str: use at most this set; returns the one in use."},
+    {"enable_output_pool", enable_output_pool, METH_O,
+     "enable_output_pool(on) -> bool: whether large CPU results come from the pool; returns what was set before."},
     {"has_cuda_kernels", has_cuda_kernels, METH_NOARGS, "has_cuda_kernels() -> bool: built with nvcc."},
     {"set_tuned", set_tuned, METH_VARARGS, "set_tuned(op, gpu, rows): tuned CUDA configurations, 'key size config;…'."},
     {"device_slug", device_slug, METH_O, "device_slug(name) -> str: how tuned tables name a CUDA device."},

@@ -6,6 +6,7 @@ devices and strides, never values, so it also runs on fake tensors and on symbol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -58,9 +59,11 @@ def check_power_of_two(op: str, name: str, value: int, low: int, high: int) -> N
 
 
 def check_shape(op: str, name: str, shape: Sequence[int]) -> None:
-    """No negative size."""
+    """No negative size, and a product that a tensor can have."""
     if any(size < 0 for size in shape):
         fail(op, f"{name} must have no negative size, got {list(shape)}")
+    if all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**63:
+        fail(op, f"{name} must have fewer than 2^63 weights, got {list(shape)}")
 
 
 def ceil_div(a: int, b: int) -> int:

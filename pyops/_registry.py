@@ -83,6 +83,7 @@ class Op:
         triton: module under `triton_ops` whose `launch` runs the op, or None.
         check_values: reads values (lengths, indices) and raises; always runs on the CPU, on a GPU under debug_checks().
         describe: (backend, *args) -> the configuration that would run, for explain().
+        family: the op after which the files are named, where several ops share them; the op itself when None.
         cuda_configs: how many compiled CUDA configurations there are to choose from.
         cuda_key: turns the key of a tuned CUDA entry into the integer its kernel looks up.
         tuning: (device) -> the cases `python -m fastops tune` measures.
@@ -100,6 +101,7 @@ class Op:
         triton: str | None = None,
         check_values: Callable[..., None] | None = None,
         describe: Callable[..., str] | None = None,
+        family: str | None = None,
         cuda_configs: int = 0,
         cuda_key: Callable[[Mapping[str, Any]], int] | None = None,
         tuning: Callable[[torch.device], Iterator[TuningCase]] | None = None,
@@ -112,7 +114,9 @@ class Op:
         self._reference, self._triton, self._describe, self._choose = reference, triton, describe, choose
         self._overrides: dict[str, tuple[str, torch.library.Library]] = {}  # dispatch key -> backend, its registration
 
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        self.family = family or self.name
+        self._fake = fake
+        self._define(self.name, tags)
         self.default = overload(self.name)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         self._compiled = {
@@ -120,15 +124,10 @@ class Op:
             for key in _KEYS.values()
             if has_kernel(qualified(self.name), key)
         }
-        library.impl(self.name, self._python_kernel("reference"), "CompositeExplicitAutograd")
+        library.impl(self.name, self._kernel("reference"), "CompositeExplicitAutograd")
         if "CUDA" not in self._compiled and triton is not None and not triton_missing():
-            library.impl(self.name, self._python_kernel("triton"), "CUDA")
-
-        def checked_fake(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return fake(*args, **kwargs)
-
-        torch.library.register_fake(qualified(self.name), checked_fake, lib=library)
+            library.impl(self.name, self._kernel("triton"), "CUDA")
+        self._named = {backend: self._define_named(backend) for backend in BACKENDS if self._has(backend)}
         self.cuda_configs, self.cuda_key, self.tuning = cuda_configs, cuda_key, tuning
         self.load_tuned()
         registry[self.name] = self
@@ -140,6 +139,31 @@ class Op:
                 return self.default(*args, **kwargs)
             backend = self._chosen(*args, **kwargs)[0]
         return self._run(backend, *args, **kwargs)
+
+    def _define(self, name: str, tags: tuple[torch.Tag, ...] = ()) -> None:
+        """Define the schema under `name`, with the checked fake kernel."""
+        library.define(name + self.schema.removeprefix(self.name), tags=(torch.Tag.pt2_compliant_tag, *tags))
+
+        def checked_fake(*args: Any, **kwargs: Any) -> Any:
+            self._check(*args, **kwargs)
+            return self._fake(*args, **kwargs)
+
+        torch.library.register_fake(qualified(name), checked_fake, lib=library)
+        if not any(a.alias_info for a in overload(name)._schema.arguments):
+            # Results are constants of the autograd graph; without this, torch would warn in a backward pass instead.
+            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+    def _define_named(self, backend: str) -> torch._ops.OpOverload:
+        """`<op>__<backend>`: one backend as an op of its own, opaque to torch.compile and seen by debug_checks."""
+        name = f"{self.name}__{backend}"
+        self._define(name)
+        library.impl(name, self._kernel(backend), "CompositeExplicitAutograd")
+        return overload(name)
+
+    def _has(self, backend: str) -> bool:
+        if backend in _KEYS:
+            return _KEYS[backend] in self._compiled
+        return backend == "reference" or self._triton is not None
 
     def unavailable(self, backend: str, device: torch.device) -> str:
         """Why `backend` cannot run on tensors of `device`, or "" when it can."""
@@ -174,9 +198,15 @@ class Op:
         return "reference", "no compiled kernel for this device"
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """Which backend these arguments would run on, why, and with what configuration."""
+        """Which backend these arguments would run on, why, and with what configuration; raises what the call would."""
+        named = kwargs.pop("backend", None)
+        self._check(*args, **kwargs)
         device = self._device(args, kwargs)
-        backend, reason = self._chosen(*args, **kwargs)
+        if device.type == "meta":
+            return Explanation(self.name, "meta", "fake", "meta tensors hold no values", "", {})
+        if named is not None:
+            self._require(named, device)
+        backend, reason = (named, "named") if named is not None else self._chosen(*args, **kwargs)
         config = self._describe(backend, *args, **kwargs) if self._describe else ""
         missing = {b: self.unavailable(b, device) for b in BACKENDS if self.unavailable(b, device)}
         return Explanation(self.name, str(device), backend, reason, config, missing)
@@ -219,7 +249,7 @@ class Op:
             registration = torch.library.Library(NAMESPACE, "IMPL")
             with warnings.catch_warnings():  # torch warns that a kernel is overridden; that is what was asked for
                 warnings.simplefilter("ignore", UserWarning)
-                registration.impl(self.name, self._python_kernel(backend), key, allow_override=True)
+                registration.impl(self.name, self._kernel(backend), key, allow_override=True)
             self._overrides[key] = (backend, registration)
 
     def _keys_of(self, backend: str) -> list[str]:
@@ -251,36 +281,32 @@ class Op:
         return self._choose(self.available(device), *args, **kwargs)
 
     def _run(self, backend: str, *args: Any, **kwargs: Any) -> Any:
-        device = self._device(args, kwargs)
+        self._require(backend, self._device(args, kwargs))
+        if backend in _KEYS and _KEYS[backend] not in self._overrides:
+            return self.default(*args, **kwargs)
+        return self._named[backend](*args, **kwargs)
+
+    def _require(self, backend: str, device: torch.device) -> None:
+        """Raise unless `backend` can run on `device`."""
         why = self.unavailable(backend, device)
         if why:
             others = ", ".join(self.available(device))
             fail(self.name, f"backend {backend!r} is not available: {why}; available here: {others}")
-        key = _KEYS.get(device.type, "")
+
+    def _kernel(self, backend: str) -> Callable[..., Any]:
+        """`backend` as a function for the dispatcher: checked if it is Python, as compiled otherwise."""
         if backend in _KEYS:
-            if key not in self._overrides:
-                return self.default(*args, **kwargs)
-            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            return self._compiled[key].call_boxed(keys, *args, **kwargs)
-        return self._python_kernel(backend)(*args, **kwargs)
+            compiled = self._compiled[_KEYS[backend]]
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEYS[backend]))
+            return functools.partial(compiled.call_boxed, keys)
+        return functools.partial(self._run_python, backend)
 
-    @functools.cached_property
-    def _python_kernels(self) -> dict[str, Callable[..., Any]]:
-        return {}
-
-    def _python_kernel(self, backend: str) -> Callable[..., Any]:
-        """`backend`'s function behind the checks."""
-        if backend not in self._python_kernels:
-            run = self._reference if backend == "reference" else self._launch_triton
-
-            def kernel(*args: Any, **kwargs: Any) -> Any:
-                self._check(*args, **kwargs)
-                if self._check_values is not None and self._device(args, kwargs).type == "cpu":
-                    self._check_values(*args, **kwargs)
-                return run(*args, **kwargs)
-
-            self._python_kernels[backend] = kernel
-        return self._python_kernels[backend]
+    def _run_python(self, backend: str, *args: Any, **kwargs: Any) -> Any:
+        self._check(*args, **kwargs)
+        if self._check_values is not None and self._device(args, kwargs).type == "cpu":
+            self._check_values(*args, **kwargs)
+        with torch.no_grad():
+            return (self._reference if backend == "reference" else self._launch_triton)(*args, **kwargs)
 
     def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
         return self.triton_page().launch(*args, **kwargs)  # imported at the first call: importing Triton is slow
@@ -321,18 +347,21 @@ class use_backend:
     Raises:
         RuntimeError: an unknown op or backend, or one that cannot run in this process.
 
-    Set it before torch.compile, which keeps the kernels it has traced.
+    It holds for the whole process, all threads. Set it before torch.compile, which keeps the kernels it has traced.
     """
 
     def __init__(self, op: str | Callable[..., Any], backend: str | None) -> None:
-        self._op = find(op)
+        self._op, self._backend = find(op), backend
         self._before = self._op.override(backend)
+        self._active = True
 
     def __enter__(self) -> None:
-        return None
+        if not self._active:  # the same object, entered again
+            self._before, self._active = self._op.override(self._backend), True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._op.restore(self._before)
+        self._active = False
 
 
 class debug_checks(TorchDispatchMode):
@@ -344,6 +373,7 @@ class debug_checks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the values of our ops' arguments, then run them as usual."""
-        if func.namespace == NAMESPACE and func._opname in registry:
-            registry[func._opname].check_values(*args, **(kwargs or {}))
+        op = registry.get(func._opname.partition("__")[0]) if func.namespace == NAMESPACE else None
+        if op is not None:
+            op.check_values(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,17 +40,18 @@ def __dir__() -> list[str]:
 @functools.cache
 def _wrapped(name: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(__package__), name)
+    signature = inspect.signature(function)
     arguments = _registry.registry[name].default._schema.arguments
-    order = [a.name for a in arguments]
     written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        framework = _framework([*args, *kwargs.values()])
-        positional = [_to_torch(name, order[i], value, order[i] in written) for i, value in enumerate(args)]
-        named = {key: _to_torch(name, key, value, key in written) for key, value in kwargs.items()}
-        with _caller_stream(framework, [*positional, *named.values()]):
-            result = function(*positional, **named)
+        given = signature.bind(*args, **kwargs)
+        framework = _framework(list(given.arguments.values()))
+        for key, value in given.arguments.items():
+            given.arguments[key] = _to_torch(name, key, value, key in written)
+        with _caller_stream(framework, list(given.arguments.values())):
+            result = function(*given.args, **given.kwargs)
         return _to_framework(name, framework, result)
 
     return call
@@ -63,8 +65,9 @@ def _framework(values: list[Any]) -> str:
     """The top-level module of the first foreign array, or "torch"."""
     for value in values:
         if _is_array(value):
-            root = type(value).__module__.partition(".")[0]
-            return "jax" if root in ("jax", "jaxlib") else root
+            roots = [base.__module__.partition(".")[0] for base in type(value).__mro__]
+            known = next((root for root in roots if root in ("numpy", "cupy", "jax", "jaxlib")), roots[0])
+            return "jax" if known == "jaxlib" else known
     return "torch"
 
 
@@ -75,6 +78,8 @@ def _to_torch(op: str, name: str, value: Any, written: bool) -> Any:
         return value
     if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
         fail(op, f"{name} must be a writable array, got a JAX array, which is immutable: copy it to a tensor first")
+    if any(stride < 0 for stride in getattr(value, "strides", None) or ()):
+        fail(op, f"{name} must have no negative stride, got strides {value.strides}: copy it first")
     if getattr(getattr(value, "flags", None), "writeable", True):
         return torch.utils.dlpack.from_dlpack(value)
     if written:

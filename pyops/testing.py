@@ -1,6 +1,6 @@
 """Tools to prove an op: the measure of error, hostile inputs, and which backends there are to prove.
 
-Used by this package's own tests, `python -m fastops verify` and the benches; useful for a backend of one's own too.
+Used by this package's own tests and benches; useful for a backend of one's own too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _extension
 from ._registry import registry, triton_interprets
 from .reference._truth import error_ratio
 
@@ -40,11 +41,14 @@ def poison() -> Iterator[None]:
     """Within this block uninitialised memory is NaN (or the largest integer), in C++ too, so unwritten results show."""
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    pooled = _extension.C is not None and _extension.C.enable_output_pool(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        if pooled and _extension.C is not None:
+            _extension.C.enable_output_pool(True)
 
 
 def non_contiguous(tensor: Tensor) -> Tensor:

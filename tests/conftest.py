@@ -4,8 +4,13 @@ import torch
 import fastops.testing
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Skip what this machine cannot run, and say why."""
+    """Mark what runs on a GPU, skip what this machine cannot run, and say why."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, torch.device) and value.type == "cuda" for value in parameters):
+            item.add_marker(pytest.mark.gpu)
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         if item.get_closest_marker("gpu") and devices < 1:

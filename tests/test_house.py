@@ -20,12 +20,9 @@ FLOORS = {"reference": 0, "triton_ops": 1, "ops": 2, "models": 3, "methods": 4, 
 MACHINERY = 2  # pyops/*.py
 
 # An op's file in each folder carries the name of the chief member of its family.
-FAMILY = {"nf4_quantize": "nf4_quantize", "nf4_dequant": "nf4_dequant"}
-CPU_OPS = {"nf4_quantize", "nf4_dequant"}
-
-
-def test_every_op_has_a_family():
-    assert set(FAMILY) == set(_registry.registry)
+FAMILY = {name: op.family for name, op in _registry.registry.items()}
+# Ops with C++ CPU kernels (design.md, section 1); for the rest the vectorised reference is the CPU path.
+CPU_OPS = re.compile(r"nf4_|kv_|\w*_attn|exit_argmax|mf_sgd")
 
 
 @pytest.mark.parametrize("op", FAMILY)
@@ -33,7 +30,7 @@ def test_siblings_exist(op):
     name = FAMILY[op]
     needed = [f"reference/{name}.py", f"pyops/ops/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"]
     needed += [f"triton_ops/{name}.py", f"csrc/cuda/{name}.cu"]
-    if op in CPU_OPS:
+    if CPU_OPS.match(op):
         needed.append(f"csrc/cpu/{name}.cpp")
     missing = [path for path in needed if not (ROOT / path).is_file()]
     assert not missing, f"{op} lacks {missing}"
@@ -48,6 +45,14 @@ def test_the_reference_page_is_whole(op):
         assert hasattr(page, wanted), f"reference/{FAMILY[op]}.py lacks {wanted}"
     assert callable(getattr(fastops, op))
     assert op in fastops.__all__
+
+
+@pytest.mark.parametrize("op", [name for name, op in _registry.registry.items() if op.cuda_configs])
+def test_every_cuda_configuration_can_be_tuned(op):
+    """Python's count and the kernel's list of configurations agree."""
+    source = (ROOT / f"csrc/cuda/{FAMILY[op]}.cu").read_text()
+    listed = re.search(r"kConfigs\[\] = \{(.*?)\};", source, flags=re.S)[1]
+    assert listed.count("{") == _registry.registry[op].cuda_configs
 
 
 def test_no_stray_kernel_files():

@@ -33,6 +33,23 @@ def test_double_quantisation_comes_back_as_arrays():
     assert interop.nf4_dequant(packed, absmax, (64, 128), "float32", **dq).shape == (64, 128)
 
 
+def test_negative_strides_are_refused():
+    with pytest.raises(RuntimeError, match=r"w must have no negative stride, got strides \(-512, 4\)"):
+        interop.nf4_quantize(weights()[::-1])
+
+
+def test_too_many_arguments():
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        interop.nf4_quantize(weights(), 64, None)
+
+
+def test_array_subclasses_come_back_as_arrays():
+    class Mine(np.ndarray):
+        pass
+
+    assert isinstance(interop.nf4_quantize(weights().view(Mine))[0], np.ndarray)
+
+
 def test_read_only_input_is_fine_when_it_is_only_read():
     w = weights()
     want = interop.nf4_quantize(w)[0]

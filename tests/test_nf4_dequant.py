@@ -1,4 +1,5 @@
 import functools
+import os
 
 import pytest
 import torch
@@ -145,6 +146,10 @@ BAD = {
     "blocksize -64": (dict(blocksize=-64), "blocksize must be a power of two from 32 to 4096, got -64"),
     "blocksize 8192": (dict(blocksize=8192), "blocksize must be a power of two from 32 to 4096, got 8192"),
     "negative shape": (dict(shape=[-64, -96]), "shape must have no negative size, got [-64, -96]"),
+    "overflowing shape": (
+        dict(shape=[2**20, 2**44 + 1]),
+        f"shape must have fewer than 2^63 weights, got [{2**20}, {2**44 + 1}]",
+    ),
     "dtype": (dict(dtype=torch.int32), "dtype must be float32, float16 or bfloat16, got int32"),
     "code size": (dict(code=torch.zeros(15)), "code must have 16 elements, got 15"),
     "code dtype": (dict(code=torch.zeros(16, dtype=torch.float64)), "code must be float32, got float64"),
@@ -279,18 +284,46 @@ def test_error_sees_one_wrong_element():
     assert reference.error(torch.zeros_like(good), *s.args, **s.kwargs) > reference.BUDGET
 
 
+needs_pool = pytest.mark.skipif(fastops._extension.C is None, reason="the pool is in fastops._C")
+
+
+@needs_pool
 def test_large_results_are_reused_and_never_shared():
-    """Large CPU results come from a pool: a live one must not be handed out again."""
+    """Large CPU results come from a pool: a freed one is handed out again, a live one never."""
     (packed, absmax, *_), _ = inputs((1024, 1024))
     args = (packed, absmax, [1024, 1024], torch.float32)
     first = fastops.nf4_dequant(*args)
-    kept = first.clone()
+    kept, address = first.clone(), first.data_ptr()
     view = first[5:]
     del first
     others = [fastops.nf4_dequant(packed ^ i, absmax, [1024, 1024], torch.float32) for i in (1, 2, 3)]
     assert torch.equal(view, kept[5:])
-    assert len({t.data_ptr() for t in others}) == 3
+    assert len({t.data_ptr() for t in others} | {address}) == 4
     assert not torch.equal(others[0], others[1])
+    del view
+    again = fastops.nf4_dequant(*args)
+    assert again.data_ptr() == address
+    assert torch.equal(again, kept)
+
+
+@needs_pool
+def test_the_pool_survives_a_fork():
+    (packed, absmax, *_), _ = inputs((1024, 1024))
+    want = fastops.nf4_dequant(packed, absmax, [1024, 1024], torch.float32)
+    torch.set_num_threads(1)  # torch's own thread pool does not survive a fork
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(fastops.nf4_dequant(packed, absmax, [1024, 1024], torch.float32), want)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_poison_reaches_large_results(poison):
+    """Otherwise a kernel that writes nothing could pass on memory that holds the right answer already."""
+    assert torch.empty(1 << 20).isnan().all()
+    (packed, absmax, *_), _ = inputs((1024, 1024))
+    result = fastops.nf4_dequant(packed, absmax, [1024, 1024], torch.float32)
+    assert result.untyped_storage().resizable(), "a result of the pool, which torch does not fill"
 
 
 def test_triton_table_is_the_reference_table():

@@ -79,11 +79,19 @@ def test_strided_and_misaligned_weights(dtype, backend, device):
 
 @per_backend
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38, 1e-45])
-@pytest.mark.parametrize("columns", [64, 70], ids=["full", "partial"])
+@pytest.mark.parametrize("columns", [64, 65, 70, 71])
 def test_extreme_values(columns, value, backend, device):
     w = weights(1, columns, device=device)
     w[0, -3] = value
     assert reference.error(fastops.nf4_quantize(w, backend=backend), w) == 0
+
+
+@per_backend
+def test_a_nan_among_the_codes_sorts_last(backend, device):
+    code = torch.linspace(-1, 1, 16)
+    code[[3, 9]] = float("nan")
+    w = weights(5, 67, device=device)
+    assert reference.error(fastops.nf4_quantize(w, code=code.to(device), backend=backend), w, code=code.to(device)) == 0
 
 
 @per_backend
@@ -177,6 +185,18 @@ def test_double_quantisation_is_as_good_as_bitsandbytes(shape):
     assert (absmax == state.absmax).float().mean() > 0.99 or absmax.numel() == 1
     again = fastops.nf4_dequant(packed, absmax, shape, torch.float32, **dq)
     assert (w - again).abs().mean() < 0.1
+
+
+def test_double_quantisation_compiles_and_shares_nothing():
+    w = weights(64, 65)
+    want = fastops.nf4_quantize(w, double_quant=True)
+    with torch.inference_mode():
+        assert torch.equal(fastops.nf4_quantize(w, double_quant=True)[1], want[1])
+    packed, absmax, dq = torch.compile(fastops.nf4_quantize, fullgraph=True, backend="aot_eager")(w, double_quant=True)
+    assert torch.equal(packed, want[0])
+    assert torch.equal(absmax, want[1])
+    dq["absmax_code"].zero_()
+    assert fastops.nf4_quantize(w, double_quant=True)[2]["absmax_code"].any()
 
 
 def test_double_quantisation_of_nothing():

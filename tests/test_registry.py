@@ -6,6 +6,7 @@ import torch
 import fastops
 from fastops import _ops, _registry
 from fastops._checks import check_dtype, fail
+from fastops.testing import available
 
 
 def _check(x, index):
@@ -57,14 +58,20 @@ def test_values_are_checked_on_the_cpu_before_anything_is_written(toy):
     assert x.tolist() == [0, 0, 0, 0]
 
 
-def test_debug_checks_reach_torch_ops(toy, monkeypatch):
-    """The mode intercepts torch.ops; seen with the CPU's own value check out of the way, as on a GPU."""
-    monkeypatch.setattr(toy, "_python_kernels", {"reference": lambda x, index: None})
+def test_debug_checks_reach_torch_ops_and_named_backends(toy, monkeypatch):
+    """As on a GPU: the op's own value check, which runs on the CPU, is told that the tensors are elsewhere."""
+    monkeypatch.setattr(toy, "_device", lambda args, kwargs: torch.device("cuda"))
     seen = []
     monkeypatch.setattr(toy, "_check_values", lambda x, index: seen.append(index.tolist()))
+    arguments = (torch.zeros(4), torch.tensor([2], dtype=torch.int32))
+    torch.ops.fastops.toy_add_at(*arguments)
+    assert seen == []
     with fastops.debug_checks():
-        torch.ops.fastops.toy_add_at(torch.zeros(4), torch.tensor([0], dtype=torch.int32))
-    assert [0] in seen
+        torch.ops.fastops.toy_add_at(*arguments)
+        assert seen == [[2]]
+        toy("reference", *arguments)
+    assert seen == [[2], [2]]
+    assert arguments[0].tolist() == [0, 0, 3, 0]
 
 
 def test_unknown_backend_is_named():
@@ -97,13 +104,40 @@ def test_use_backend_really_runs_the_other_kernel(monkeypatch):
     """torch.ops must reach the Python kernel under the override, and must not after it."""
     op = _registry.registry["nf4_dequant"]
     calls = []
-    monkeypatch.setitem(op._python_kernels, "reference", lambda packed, *a, **k: calls.append(1) or packed.new_zeros(3))
-    with fastops.use_backend("nf4_dequant", "reference"):
-        assert torch.ops.fastops.nf4_dequant(*inputs()).tolist() == [0, 0, 0]
-    assert calls == [1]
-    if "CPU" in op._compiled:
-        assert torch.ops.fastops.nf4_dequant(*inputs()).numel() == 64
-        assert calls == [1]
+    monkeypatch.setattr(op, "_reference", lambda packed, *a, **k: calls.append(1) or packed.new_zeros(3))
+    override = fastops.use_backend("nf4_dequant", "reference")
+    for entered in (1, 2):  # the same object may be entered again
+        with override:
+            assert torch.ops.fastops.nf4_dequant(*inputs()).tolist() == [0, 0, 0]
+        assert len(calls) == entered
+        if "CPU" in op._compiled:
+            assert torch.ops.fastops.nf4_dequant(*inputs()).numel() == 64
+            assert len(calls) == entered
+
+
+@pytest.mark.parametrize("overridden", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "device"), available("nf4_dequant"), ids=[f"{b}-{d.type}" for b, d in available("nf4_dequant")]
+)
+def test_named_backends_compile(backend, device, overridden):
+    packed, absmax, shape, dtype = (v.to(device) if isinstance(v, torch.Tensor) else v for v in inputs())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(packed, absmax):
+        return fastops.nf4_dequant(packed, absmax, shape, dtype, backend=backend) * 2
+
+    want = fastops.nf4_dequant(packed, absmax, shape, dtype) * 2
+    with fastops.use_backend("nf4_dequant", "reference" if overridden else None):
+        assert torch.equal(f(packed, absmax), want)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), available("nf4_quantize"), ids=[f"{b}-{d.type}" for b, d in available("nf4_quantize")]
+)
+def test_results_are_constants_of_the_autograd_graph(backend, device):
+    w = torch.randn(128, device=device, requires_grad=True)
+    for named in (backend, None):
+        assert not fastops.nf4_quantize(w, backend=named)[1].requires_grad
 
 
 def test_use_backend_for_good():
@@ -127,6 +161,16 @@ def test_use_backend_refuses_what_cannot_run():
         pytest.skip("this build has CUDA kernels")
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
         fastops.use_backend("nf4_dequant", "cuda")
+
+
+def test_explain_refuses_what_the_call_refuses():
+    packed, absmax, shape, dtype = inputs()
+    with pytest.raises(RuntimeError, match="packed must be uint8, got float32"):
+        fastops.explain("nf4_dequant", absmax, absmax, shape, dtype)
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
+        fastops.explain("nf4_dequant", packed, absmax, shape, dtype, backend="cuda")
+    assert fastops.explain("nf4_dequant", packed, absmax, shape, dtype, backend="reference").reason == "named"
+    assert fastops.explain("nf4_quantize", torch.zeros(64, device="meta")).backend == "fake"
 
 
 def test_explain_says_what_and_why():

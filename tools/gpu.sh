@@ -62,7 +62,7 @@ step 'build host objects' 60 bash -c "python='$python' work='$work'; $(declare -
 "$python" -m fastops info
 
 names=$(printf ' or %s' "${ops[@]}")
-step 'tests' 180 env PYTHONSAFEPATH=1 "$python" -m pytest tests -m gpu -q ${ops[@]:+-k "${names# or }"}
+step 'tests' 180 env PYTHONSAFEPATH=1 "$python" -m pytest tests -m 'gpu or multi_gpu' -q ${ops[@]:+-k "${names# or }"}
 step 'verify' 60 "$python" -m fastops verify "${ops[@]}"
 if command -v compute-sanitizer >/dev/null; then
   # Every tensor its own allocation, so that a step beyond its end is seen.

@@ -57,7 +57,8 @@ def _quantize_kernel(
     scaled = w * reciprocal[:, None]
     if not whole:
         divided = tl.div_rn(w, tl.broadcast_to(clamped[:, None], (ROWS, BLOCKSIZE)))
-        scaled = tl.where(partial[:, None], divided, scaled)
+        # The padding nibble of an odd length stays the code of 0, whatever the scale.
+        scaled = tl.where(partial[:, None], tl.where(element < left, divided, 0.0), scaled)
 
     nibble = tl.zeros((ROWS, BLOCKSIZE), tl.int32)
     for k in tl.static_range(15):

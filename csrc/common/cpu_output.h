@@ -1,12 +1,15 @@
 // Where large CPU outputs live. A fresh 32 MB tensor costs about 10 ms of page faults, ten times what it takes to fill
-// it, so outputs of at least kMinBytes come from a pool: 2 MiB pages, and up to kKeepBytes of freed blocks kept for the
-// next call. Smaller ones, and all of them on torch 2.10 (which cannot call back when a tensor dies), are ordinary
-// tensors. A pooled tensor is like any other, except that its storage cannot be resized in place.
+// it, so outputs of at least kMinBytes come from a pool: huge pages where the system grants them, and up to kKeepBytes
+// of freed blocks kept for the next call, for the life of the process. Smaller ones, and all of them on torch 2.10
+// (which cannot call back when a tensor dies), are ordinary tensors. A pooled tensor is like any other, except that its
+// storage cannot be resized in place.
 #pragma once
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -18,11 +21,17 @@ class HostPool {
  public:
   static constexpr size_t kMinBytes = 1 << 20, kKeepBytes = 256 << 20, kGrain = 1 << 16;
 
-  // Never destroyed: tensors may outlive every static object.
+  // Never destroyed: tensors may outlive every static object. A fork takes the lock, so that no child inherits it held.
   static HostPool& get() {
-    static HostPool* pool = new HostPool;
+    static HostPool* pool = [] {
+      pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
+      return new HostPool;
+    }();
     return *pool;
   }
+
+  // Off: results are ordinary tensors, which torch can fill with NaN where nothing was written. Tests do that.
+  std::atomic<bool> enabled = true;
 
   // A block of at least `bytes`, or null when the system has none. `*capacity` is what give_back wants.
   void* take(size_t bytes, size_t* capacity) {
@@ -87,7 +96,7 @@ inline Tensor cpu_output(const Tensor& like, const std::vector<int64_t>& sizes, 
   const auto aten_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const size_t bytes = static_cast<size_t>(n) * aoti_torch_dtype_element_size(aten_dtype);
   size_t capacity = 0;
-  const FromBlob from_blob = from_blob_with_deleter();
+  const FromBlob from_blob = HostPool::get().enabled ? from_blob_with_deleter() : nullptr;
   void* block = bytes >= HostPool::kMinBytes && from_blob ? HostPool::get().take(bytes, &capacity) : nullptr;
   if (!block) return torch::stable::new_empty(like, sizes, dtype);
   AtenTensorHandle handle;

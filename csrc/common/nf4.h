@@ -120,14 +120,17 @@ inline ScalesView view(Scales& kept) {
           log2_exact(kept.absmax_blocksize)};
 }
 
-// Product of the sizes; refuses a negative one.
+// Product of the sizes; refuses a negative one, and a product that no tensor can have.
 inline int64_t count_weights(const char* op, const std::vector<int64_t>& shape) {
   int64_t n = 1;
+  bool empty = false, overflow = false;
   for (const int64_t size : shape) {
     FO_CHECK(size >= 0, op, "shape must have no negative size, got ", shape_string(shape));
-    n *= size;
+    empty |= size == 0;
+    overflow |= __builtin_mul_overflow(n, size, &n);
   }
-  return n;
+  FO_CHECK(empty || !overflow, op, "shape must have fewer than 2^63 weights, got ", shape_string(shape));
+  return empty ? 0 : n;
 }
 
 }  // namespace fastops::nf4

@@ -56,10 +56,6 @@ void expand_scalar(const uint8_t* packed, const T (&table)[16], T* out, int64_t 
 
 #if defined(FASTOPS_X86)
 
-FO_TARGET_AVX512 inline void store512(void* out, __m512i v, bool stream) {
-  stream ? _mm512_stream_si512(static_cast<__m512i*>(out), v) : _mm512_storeu_si512(out, v);
-}
-
 FO_TARGET_AVX512 inline __m512 scale_table_avx512(const float (&code)[16], float scale) {
   return _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale));
 }

@@ -6,6 +6,7 @@
 // bench/results/cpu/nf4_quantize.json.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
@@ -31,7 +32,9 @@ struct Params {
 
 void set_code(Params& p, const float* code) {
   for (int i = 0; i < 16; ++i) p.order[i] = static_cast<uint8_t>(i);
-  std::stable_sort(p.order, p.order + 16, [&](uint8_t a, uint8_t b) { return code[a] < code[b]; });
+  std::stable_sort(p.order, p.order + 16, [&](uint8_t a, uint8_t b) {
+    return code[a] < code[b] || (!std::isnan(code[a]) && std::isnan(code[b]));  // NaNs last
+  });
   for (int i = 0; i < 15; ++i) p.bounds[i] = (code[p.order[i]] + code[p.order[i + 1]]) / 2;
   p.sorted = std::is_sorted(p.order, p.order + 16);
 }

@@ -67,10 +67,11 @@ struct Ranks {
     }
     if (i < 16) {
       const float mine = user_code[i];
-      int rank = 0;  // a stable sort: equal codes keep their order
+      int rank = 0;  // a stable sort with NaNs last: equal codes keep their order
       for (int j = 0; j < 16; ++j) {
         const float other = user_code[j];
-        rank += other < mine || (other == mine && j < i);
+        const bool same = other == mine || (isnan(other) && isnan(mine));
+        rank += other < mine || (isnan(mine) && !isnan(other)) || (same && j < i);
       }
       sorted[rank] = mine;
       order[rank] = static_cast<uint8_t>(i);
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kThreads<kGroup>) quantize_kernel(const Params
   const bool partial = (block + 1) * kGroup * kWeights > p.n;
   if (thread % kGroup == 0) p.absmax[block] = partial ? clamped : raw;
   if (partial) {
-    for (int i = 0; i < kWeights; ++i) value[i] /= clamped;
+    // The padding nibble of an odd length stays the code of 0, whatever the scale.
+    for (int i = 0; i < kWeights; ++i) value[i] = start + i < p.n ? value[i] / clamped : 0.0f;
   } else {
     const float reciprocal = 1.0f / clamped;
 #pragma unroll

@@ -102,7 +102,7 @@ def find_cases(ops: list[str], devices: list[torch.device]) -> Iterator[Case]:
 
 def prove(case: Case) -> Verdict:
     """Run a case's samples; the first failure ends it and is named."""
-    reference = importlib.import_module(f"fastops.reference.{case.op}")
+    reference = importlib.import_module(f"fastops.reference.{_registry.registry[case.op].family}")
     budget = float(reference.BUDGET)
     if case.backend == "triton" and case.device.type == "cpu" and case.dtype == torch.bfloat16:
         return Verdict(0, 0.0, budget, INTERPRETER_BF16)

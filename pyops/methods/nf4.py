@@ -99,8 +99,7 @@ class Nf4Linear(nn.Module):
         )
         layer.packed, layer.absmax = packed, absmax
         for name in DQ_BUFFERS if double_quant else ():
-            # Cloned because nf4_quantize hands out one code table to all: loading a state dict writes into buffers.
-            setattr(layer, name, dq[name].clone())
+            setattr(layer, name, dq[name])
         layer.bias = linear.bias
         return layer.train(linear.training)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 
@@ -60,9 +59,8 @@ OP = Op(
 )
 
 
-@functools.cache
-def dynamic_code(device: torch.device) -> Tensor:
-    """[256] fp32, ascending: the dynamic 8-bit map, seven decades of means of evenly spaced boundaries, both signs.
+def _dynamic_code() -> tuple[float, ...]:
+    """256 values, ascending: seven decades of means of evenly spaced boundaries, both signs, 0 and 1.
 
     Source: 8-bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561; values as in bitsandbytes.
     """
@@ -70,13 +68,15 @@ def dynamic_code(device: torch.device) -> Tensor:
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-    values = sorted([*positive, *(-v for v in positive), 0.0, 1.0])
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return tuple(sorted([*positive, *(-v for v in positive), 0.0, 1.0]))
+
+
+DYNAMIC_CODE = _dynamic_code()
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """8-bit scales: (absmax as uint8, the keyword arguments that undo it in nf4_dequant and the products)."""
-    code = dynamic_code(absmax.device)
+    code = torch.tensor(DYNAMIC_CODE, dtype=torch.float32, device=absmax.device)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     n = absmax.numel()
     padded = torch.nn.functional.pad(absmax - offset, (0, -n % ABSMAX_BLOCKSIZE)).reshape(-1, ABSMAX_BLOCKSIZE)
