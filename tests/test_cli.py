@@ -22,7 +22,8 @@ from fastops.cli._ops_table import backends_in, ops_table
 from fastops.cli.app import app
 
 ROOT = Path(__file__).parent.parent
-needs_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source checkout")
+IMPORTED_FROM = Path(fastops.__file__).resolve().parent.parent
+needs_checkout = pytest.mark.skipif(not (IMPORTED_FROM / "csrc").is_dir(), reason="needs fastops of a source checkout")
 
 
 def run(*arguments, code=0):

@@ -74,7 +74,7 @@ def demo(
     prompt: Annotated[
         str, typer.Option(help="What to ask the model.")
     ] = "What is photosynthesis? Answer in one sentence.",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of real text for the perplexity.")] = 1024,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
     dtype: Annotated[
