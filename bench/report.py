@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,46 @@ def stale(ops: Sequence[str] | None = None) -> list[tuple[str, Record]]:
 
 
 def write_docs(ops: Sequence[str] | None = None) -> list[Path]:
-    """Plots of `ops`, and docs/results.md with every table; returns what was written."""
+    """Plots of `ops`, docs/results.md with every table, the README's tables; returns what was written."""
     drawn = [_plot(t.op, t.device) for t in tables(ops)]
     page = DOCS / "results.md"
     page.write_text("\n\n".join([_HEADER, *map(_section, tables())]) + "\n")
-    return [*(p for p in drawn if p), page]
+    readme = records.ROOT / "README.md"
+    readme.write_text(_README_BLOCK.sub(lambda match: match[1] + readme_tables() + match[2], readme.read_text()))
+    return [*(p for p in drawn if p), page, readme]
+
+
+_README_BLOCK = re.compile(r"(<!-- begin: results -->\n).*?(<!-- end: results -->)", re.DOTALL)
+
+
+def readme_tables() -> str:
+    """A short table a device and op: bf16 at the usual blocksize, each way of timing beside bitsandbytes."""
+    parts = []
+    for device, by_op in sorted(records.all_results().items(), reverse=True):
+        for op, found in by_op.items():
+            usual = [r for r in found if r["dtype"] == "bfloat16" and r["case"].get("blocksize") == 64]
+            if usual:
+                parts += [f"**{op} on {device}**, bf16, blocksize 64. {_note(usual)}", "", *_short_rows(usual), ""]
+    return "\n".join(parts)
+
+
+def _short_rows(found: Sequence[Record]) -> list[str]:
+    columns = ["matrix", "backend", "timing", "µs", "% of floor", "bitsandbytes µs", "×"]
+    rows = [
+        [
+            f"{r['case']['N']} × {r['case']['K']}{', double quant.' if r['case'].get('double_quant') else ''}",
+            r["backend"],
+            timing(r),
+            digits(r["us"]),
+            f"{100 * r['floor_share']:.1f}",
+            digits(theirs) if (theirs := r["peers"].get("bitsandbytes")) else "–",
+            f"{theirs / r['us']:.2f}" if theirs else "–",
+        ]
+        for r in found
+    ]
+    rule = "| " + " | ".join("---" if i < 3 else "---:" for i in range(len(columns))) + " |"
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return [lines[0], rule, *lines[1:]]
 
 
 _HEADER = """# Results

@@ -122,3 +122,8 @@ def test_sets_rotate_through_more_than_the_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     assert rotation(CPU, 43 << 20) == 5
     assert rotation(CPU, 1 << 30) == 2
+
+
+def test_the_readme_holds_the_committed_results() -> None:
+    text = (records.ROOT / "README.md").read_text()
+    assert report.readme_tables() in text, "run: python -m fastops bench --report"
