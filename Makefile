@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python >= 3.10 with venv, gcc, make and, for the CUDA kernels, nvcc. Everything else
+# `make demo` and `make test` need Python >= 3.10 with venv and headers, g++, make and, for the CUDA kernels, nvcc. Everything else
 # goes into $(VENV), at the versions in constraints/; a second run installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
