@@ -293,6 +293,8 @@ def test_large_results_are_reused_and_never_shared():
     (packed, absmax, *_), _ = inputs((1024, 1024))
     args = (packed, absmax, [1024, 1024], torch.float32)
     first = fastops.nf4_dequant(*args)
+    if first.untyped_storage().resizable():
+        pytest.skip("torch 2.10 cannot call back when a tensor dies: no pool")
     kept, address = first.clone(), first.data_ptr()
     view = first[5:]
     del first
