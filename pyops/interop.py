@@ -76,7 +76,7 @@ def _to_torch(op: str, name: str, value: Any, written: bool) -> Any:
         return _dtype_of(op, value)
     if not _is_array(value):
         return value
-    if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    if written and _framework([value]) == "jax":
         fail(op, f"{name} must be a writable array, got a JAX array, which is immutable: copy it to a tensor first")
     if any(stride < 0 for stride in getattr(value, "strides", None) or ()):
         fail(op, f"{name} must have no negative stride, got strides {value.strides}: copy it first")

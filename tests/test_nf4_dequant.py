@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastops
@@ -235,14 +236,9 @@ def test_opcheck(name, device):
 
 @per_backend
 def test_compiles_without_recompiling(backend, device):
-    compiles = 0
+    compiler = CompileCounter()
 
-    def count(graph, example_inputs):
-        nonlocal compiles
-        compiles += 1
-        return graph.forward
-
-    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=count)
+    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=compiler)
     def f(packed, absmax, x):
         return fastops.nf4_dequant(packed, absmax, [x.shape[0], x.shape[1]], torch.float16) + x
 
@@ -252,7 +248,7 @@ def test_compiles_without_recompiling(backend, device):
             x = torch.ones(shape, dtype=torch.float16, device=device)
             want = reference.nf4_dequant(packed, absmax, shape, torch.float16) + 1
             assert torch.equal(f(packed, absmax, x), want)
-    assert compiles == 1
+    assert compiler.frame_count == 1
 
 
 @per_backend

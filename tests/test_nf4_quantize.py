@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastops
@@ -255,14 +256,9 @@ def test_opcheck(name, device):
 
 @per_backend
 def test_compiles_without_recompiling(backend, device):
-    compiles = 0
+    compiler = CompileCounter()
 
-    def count(graph, example_inputs):
-        nonlocal compiles
-        compiles += 1
-        return graph.forward
-
-    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=count)
+    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=compiler)
     def f(w):
         packed, absmax = fastops.nf4_quantize(w * 2)
         return packed, absmax / 2
@@ -272,7 +268,7 @@ def test_compiles_without_recompiling(backend, device):
             w = weights(*shape, device=device)
             packed, absmax = f(w)
             assert reference.error((packed, absmax), w) == 0
-    assert compiles == 1
+    assert compiler.frame_count == 1
 
 
 @per_backend

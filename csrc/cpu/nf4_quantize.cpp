@@ -1,9 +1,9 @@
 // nf4_quantize: absmax[b] = max |w| over block b; nibble i = number of code midpoints below w[i] / absmax, in code
 // order. Floor at 4096 x 4096, blocksize 64, bf16: 33.6 MB read, 9.4 MB written = 43 MB, 1.5 ms at 28 GB/s (copy, 2
-// threads). About 35 operations a weight (15 comparisons among them): compute-bound on a CPU, 16 lanes at a time with
-// AVX-512. The arithmetic is bitsandbytes' CPU path, operation by operation: a full block multiplies by the reciprocal
-// of its absmax, a last partial one divides by it and stores it no smaller than 1e-38. Reached:
-// bench/results/cpu/nf4_quantize.json.
+// threads). About 35 operations a weight (15 comparisons among them): compute-bound on a CPU, 8 lanes at a time, which
+// is how wide the compiler goes. The arithmetic is bitsandbytes' CPU path, operation by operation: a full block
+// multiplies by the reciprocal of its absmax, a last partial one divides by it and stores it no smaller than 1e-38.
+// Reached: bench/results/cpu/nf4_quantize.json.
 #include <algorithm>
 #include <bit>
 #include <cmath>
