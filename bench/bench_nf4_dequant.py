@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .harness import Bench, Call, Case
 
@@ -31,23 +32,28 @@ CASES = [
 ]
 
 
-def make(case: Case, device: torch.device) -> Call:
-    """Random nibbles, since quantiles of the data are what the codes are, and random scales near 1."""
-    n, k, blocksize = (case.sizes[name] for name in ("N", "K", "blocksize"))
-    blocks = math.ceil(n * k / blocksize)
-    packed = torch.empty(math.ceil(n * k / 2), dtype=torch.uint8, device=device).random_(0, 256)
-    args = ([n, k], case.dtype, blocksize)
-    if not case.sizes.get("double_quant"):
-        return Call((packed, torch.rand(blocks, device=device).add_(0.5), *args))
+def random_weight(n: int, blocksize: int, dq: bool, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(packed, absmax, double quantisation) of n weights.
+
+    Nibbles are uniform, since quantiles of the data are what the codes are, and scales random near 1.
+    """
+    blocks = math.ceil(n / blocksize)
+    packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=device).random_(0, 256)
+    if not dq:
+        return packed, torch.rand(blocks, device=device).add_(0.5), {}
     absmax = torch.empty(blocks, dtype=torch.uint8, device=device).random_(0, 256)
-    return Call(
-        (packed, absmax, *args),
-        {
-            "absmax_code": torch.linspace(-1, 1, 256, device=device),
-            "absmax_scale": torch.rand(math.ceil(blocks / ABSMAX_BLOCKSIZE), device=device).mul_(0.5).add_(0.1),
-            "absmax_offset": torch.full((), 1.25, device=device),
-        },
-    )
+    scales = {
+        "absmax_code": torch.linspace(-1, 1, 256, device=device),
+        "absmax_scale": torch.rand(math.ceil(blocks / ABSMAX_BLOCKSIZE), device=device).mul_(0.5).add_(0.1),
+        "absmax_offset": torch.full((), 1.25, device=device),
+    }
+    return packed, absmax, scales
+
+
+def make(case: Case, device: torch.device) -> Call:
+    n, k, blocksize = (case.sizes[name] for name in ("N", "K", "blocksize"))
+    packed, absmax, scales = random_weight(n * k, blocksize, bool(case.sizes.get("double_quant")), device)
+    return Call((packed, absmax, [n, k], case.dtype, blocksize), scales)
 
 
 def chunks(call: Call, output: Any) -> Iterator[tuple[Any, Call]]:

@@ -93,7 +93,7 @@ def best_us(runners: Mapping[str, Runner], calls: int) -> dict[str, float]:
 class Overhead:
     """The page: one record for each way into the op."""
 
-    op = "overhead"
+    op = results = "overhead"
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernel's files, what stands before it in Python, and the bare op."""

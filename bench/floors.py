@@ -7,7 +7,7 @@ a larger part of a 32 MB output than of this copy.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,28 +16,32 @@ from torch import Tensor
 from .timing import FULL, Effort, Runner, cpu_spans_us, cuda_eager_us, free_memory
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
-MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
+MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}  # its usual dtype
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Copy bandwidth (read plus written) and matrix peak."""
+    """Copy bandwidth (read plus written), matrix peak in the device's usual dtype and in bf16."""
 
     copy_gbps: float
     matmul_tflops: float
+    matmul_bf16_tflops: float = 0.0
 
     def or_better(self, other: Peaks) -> Peaks:
         """The higher of each."""
-        return Peaks(max(self.copy_gbps, other.copy_gbps), max(self.matmul_tflops, other.matmul_tflops))
+        return Peaks(*map(max, astuple(self), astuple(other)))
 
-    def floor_us(self, cost: Any) -> float:
+    def floor_us(self, cost: Any, dtype: torch.dtype) -> float:
         """The least time of a Cost(bytes, flops): bytes over bandwidth or flops over peak, whichever is longer."""
-        return float(max(cost.bytes / (self.copy_gbps * 1e3), cost.flops / (self.matmul_tflops * 1e6)))
+        half = self.matmul_bf16_tflops if dtype.itemsize == 2 else 0.0
+        return float(max(cost.bytes / (self.copy_gbps * 1e3), cost.flops / (max(self.matmul_tflops, half) * 1e6)))
 
 
 def measure_peaks(device: torch.device, effort: Effort = FULL) -> Peaks:
     """Copy a buffer far larger than any cache, and multiply two random matrices (zeros would draw less power)."""
-    peaks = Peaks(round(_copy_gbps(device, effort), 1), round(_matmul_tflops(device, effort), 3))
+    n, usual = MATMUL[device.type]
+    rates = [_matmul_tflops(device, n, dtype, effort) for dtype in dict.fromkeys((usual, torch.bfloat16))]
+    peaks = Peaks(round(_copy_gbps(device, effort), 1), round(rates[0], 3), round(rates[-1], 3))
     free_memory()
     return peaks
 
@@ -62,8 +66,7 @@ def _copy_gbps(device: torch.device, effort: Effort) -> float:
     return 2 * COPY_BYTES[device.type] / _clock(device, lambda: target.copy_(source), effort) / 1e3
 
 
-def _matmul_tflops(device: torch.device, effort: Effort) -> float:
-    n, dtype = MATMUL[device.type]
+def _matmul_tflops(device: torch.device, n: int, dtype: torch.dtype, effort: Effort) -> float:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
     return 2 * n**3 / _clock(device, lambda: torch.mm(a, b, out=out), effort) / 1e6

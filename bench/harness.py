@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastops import _registry
+from fastops.reference._truth import Cost, Truth, truth
 from fastops.testing import poison
 
 from . import records
@@ -124,11 +125,15 @@ class Outcome:
 
 
 class Page(Protocol):
-    """What a bench_<op>.py offers as BENCH."""
+    """What a bench file offers as BENCH, or in BENCHES where ops share it."""
 
     @property
     def op(self) -> str:
-        """Its name, and that of its results."""
+        """Its name: an op's, or a method's."""
+
+    @property
+    def results(self) -> str:
+        """The name of the file of its results: the op, or "methods/<method>"."""
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """Globs of the files whose change makes the results of `backend` stale."""
@@ -156,6 +161,7 @@ class Bench:
         make: (case, device) -> its inputs, from torch's global generator; also called with the meta device.
         chunks: (call, output) -> pieces of the output small enough for the reference, each with the call that makes it.
         family: the op whose files hold this one, where that is another op.
+        effort: at most this for each measurement, where a page has many cases.
     """
 
     op: str
@@ -163,15 +169,21 @@ class Bench:
     make: Callable[[Case, torch.device], Call]
     chunks: Callable[[Call, Any], Iterator[tuple[Any, Call]]]
     family: str = ""
+    effort: Effort = FULL
+
+    @property
+    def results(self) -> str:
+        """A file an op, also where they share a page."""
+        return self.op
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernel's files."""
         return records.op_sources(self.family or self.op, backend)
 
     @functools.cached_property
-    def reference(self) -> ModuleType:
-        """The op's reference page."""
-        return importlib.import_module(f"fastops.reference.{self.family or self.op}")
+    def reference(self) -> Truth:
+        """The op's own cost, error and budget."""
+        return truth(self.op, self.family)
 
     def cases_on(self, device: torch.device) -> list[Case]:
         """The cases for this kind of device."""
@@ -186,15 +198,19 @@ class Bench:
         """One plain call with the backend that fastops chooses."""
         return self._ours(None)(self.inputs(case, session.device))
 
-    def bytes_of(self, record: Record) -> int:
+    def cost(self, case: Case) -> Cost:
         """What the reference's cost() says of the case, from shapes alone."""
-        case = Case(record["case"], getattr(torch, record["dtype"]))
         call = self.make(case, torch.device("meta"))
-        return int(self.reference.cost(*call.args, **call.kwargs).bytes)
+        return self.reference.cost(*call.args, **call.kwargs)
+
+    def bytes_of(self, record: Record) -> int:
+        """The bytes of that."""
+        return int(self.cost(Case(record["case"], getattr(torch, record["dtype"]))).bytes)
 
     def measure(self, case: Case, session: Session) -> Outcome:
         """Prove and time every backend, and time every peer."""
         outcome = Outcome(case)
+        session = dataclasses.replace(session, effort=session.effort.at_most(self.effort))
         call = self.inputs(case, session.device)
         errors, output = self._prove(call, session.device, outcome)
         peers = self._peers(call, output, outcome) if errors else {}
@@ -227,10 +243,10 @@ class Bench:
                 outcome.failures.append(f"{backend}: {first_line(why)}")
                 continue
             error = max(self.reference.error(o, *c.args, **c.kwargs) for o, c in self.chunks(call, output))
-            if error <= self.reference.BUDGET:
+            if error <= self.reference.budget:
                 errors[backend], right = error, output
             else:
-                outcome.failures.append(f"{backend}: error {error:.3g}, at most {self.reference.BUDGET:g} allowed")
+                outcome.failures.append(f"{backend}: error {error:.3g}, at most {self.reference.budget:g} allowed")
             del output
             free_memory()
         return errors, right
@@ -239,12 +255,14 @@ class Bench:
         """The peers that are here and compute what we compute."""
         found: dict[str, Peer] = {}
         for name, peer in PEERS.get(self.op, {}).items():
+            if peer.device not in ("", outcome.case.device):
+                continue
             try:
                 distance = difference(peer.prepare(call)(), output)
                 if distance > peer.tolerance:
                     raise Absent(f"its output differs from ours by {distance:.2g}")
                 found[name] = peer
-            except (Absent, RuntimeError) as why:
+            except Exception as why:  # whatever ails a peer, we go on without it
                 outcome.absent[name] = first_line(why)
             free_memory()
         return found
@@ -272,9 +290,9 @@ class Bench:
                 if graphed and peer.not_capturable:
                     raise Absent(peer.not_capturable)
                 theirs[name] = round(_clock(peer.prepare, sets, graphed, session), 3)
-            except (Absent, RuntimeError) as why:
+            except Exception as why:
                 outcome.absent[name + where] = first_line(why)
-        floor = session.peaks.floor_us(self.reference.cost(*sets[0].args, **sets[0].kwargs))
+        floor = session.peaks.floor_us(self.reference.cost(*sets[0].args, **sets[0].kwargs), outcome.case.dtype)
         for backend, us in ours.items():
             outcome.records.append(
                 make_record(self, outcome.case, backend, us, floor, errors[backend], theirs, graphed, session.device)
@@ -283,7 +301,7 @@ class Bench:
 
 def first_line(error: Exception) -> str:
     """What an exception says, in brief."""
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _clock(prepare: Callable[[Call], Runner], sets: Sequence[Call], graphed: bool, session: Session) -> float:
@@ -318,7 +336,7 @@ def make_record(
     backend: str,
     us: float,
     floor_us: float,
-    error_ratio: float,
+    error_ratio: float | None,
     peers: Mapping[str, float],
     graphed: bool,
     device: torch.device,
@@ -334,7 +352,7 @@ def make_record(
         "us": round(us, 3),
         "floor_us": round(floor_us, 3),
         "floor_share": round(floor_us / us, 4),
-        "error_ratio": round(error_ratio, 4),
+        **({} if error_ratio is None else {"error_ratio": round(error_ratio, 4)}),
         "peers": dict(peers),
         "graphed": graphed,
         **env,
@@ -343,28 +361,58 @@ def make_record(
     }
 
 
-def page_names() -> list[str]:
-    """Every op that has a bench page."""
-    return sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py"))
-
-
-def page(op: str) -> Page:
-    """The bench page of an op."""
-    found: Page = importlib.import_module(f"{__package__}.bench_{op}").BENCH
+@functools.cache
+def _pages() -> dict[str, Page]:
+    """Every page by its name: the operators' in bench_<op>.py, then the methods' in methods/bench_<method>.py."""
+    folder, found = Path(__file__).parent, dict[str, Page]()
+    for pattern in ("bench_*.py", "methods/bench_*.py"):
+        for file in sorted(folder.glob(pattern)):
+            parts = file.relative_to(folder).with_suffix("").parts
+            module = importlib.import_module(".".join([str(__package__), *parts]))
+            found |= {page.op: page for page in ((module.BENCH,) if hasattr(module, "BENCH") else module.BENCHES)}
     return found
 
 
-def run(pages: Sequence[Page], session: Session, keep: bool = True) -> Iterator[tuple[Page, Outcome]]:
-    """Measure every case of `pages`; with `keep`, write each result, and the peaks, as soon as they are there."""
+def page_names() -> list[str]:
+    """Everything that has a bench page."""
+    return list(_pages())
+
+
+def page(name: str) -> Page:
+    """The bench page of an op or a method."""
+    return _pages()[name]
+
+
+def matches(case: Case, only: Sequence[str]) -> bool:
+    """Whether the case has every word of one of `only` ("M=1", "M=8 double_quant", "M=1,N=4096"); any where none is."""
+    words = set(str(case).split())
+    return not only or any(words.issuperset(wish.replace(",", " ").split()) for wish in only)
+
+
+def run(
+    pages: Sequence[Page], session: Session, keep: bool = True, only: Sequence[str] = ()
+) -> Iterator[tuple[Page, Outcome]]:
+    """Measure every case of `pages`, or those that match `only`.
+
+    With `keep`, write each result, and the peaks, as soon as they are there; results of cases left out stay.
+    """
     device = records.device_name(session.device)
-    for page in pages:
-        cases = page.cases_on(session.device)
-        for case in cases:
-            session = session.looked_again()
-            outcome = page.measure(case, session)
-            if keep and outcome.records:
-                records.save(device, page.op, outcome.records)
-                records.save_peaks(session.device, dataclasses.asdict(session.peaks))
-            yield page, outcome
-        if keep:
-            records.prune(device, page.op, [records.case_key({"case": c.sizes, "dtype": c.dtype_name}) for c in cases])
+    try:
+        for page in pages:
+            cases = page.cases_on(session.device)
+            for case in cases:
+                if not matches(case, only):
+                    continue
+                session = session.looked_again()
+                gc.collect()
+                gc.freeze()  # what lives on, libraries above all, is not searched again after each measurement
+                outcome = page.measure(case, session)
+                if keep and outcome.records:
+                    records.save(device, page.results, outcome.records)
+                    records.save_peaks(session.device, dataclasses.asdict(session.peaks))
+                yield page, outcome
+            if keep:
+                every = [records.case_key({"case": c.sizes, "dtype": c.dtype_name}) for c in cases]
+                records.prune(device, page.results, every)
+    finally:
+        gc.unfreeze()

@@ -7,19 +7,23 @@ Where a library has a faster entry than its documented one, the faster one is me
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import fastops
 from fastops.reference.nf4_dequant import NF4_CODE
 
 if TYPE_CHECKING:
@@ -39,11 +43,13 @@ class Peer:
         prepare: (call of our op) -> the peer's call; raises Absent.
         tolerance: how far its output may be from ours (harness.difference) and still count as the same work.
         not_capturable: why it cannot be timed inside a CUDA graph, or "".
+        device: the kind of device where it is a peer; "" for any.
     """
 
     prepare: Callable[[Call], Runner]
     tolerance: float = 1e-3
     not_capturable: str = ""
+    device: str = ""
 
 
 @functools.cache
@@ -67,21 +73,11 @@ def _nf4_only(call: Call) -> None:
         raise Absent("it has no code table of the user's")
 
 
-def bitsandbytes_dequant(call: Call) -> Runner:
-    """The operator itself, or for double quantisation the documented function: three launches."""
+def _bitsandbytes_weight(call: Call) -> tuple[Tensor, Any]:
+    """(packed, QuantState) of an nf4_dequant call, as bitsandbytes' quantize_4bit would have made them."""
     functional = library("bitsandbytes.functional")
     _nf4_only(call)
     packed, absmax, shape, dtype, blocksize = call.args
-    packed = packed.reshape(-1, 1)
-    if "absmax_code" not in call.kwargs:
-        op = torch.ops.bitsandbytes.dequantize_4bit.default
-        return functools.partial(op, packed, absmax, blocksize, "nf4", shape, dtype)
-    nested = functional.QuantState(
-        absmax=call.kwargs["absmax_scale"],
-        code=call.kwargs["absmax_code"],
-        blocksize=call.kwargs.get("absmax_blocksize", 256),
-        dtype=torch.float32,
-    )
     state = functional.QuantState(
         absmax=absmax,
         shape=torch.Size(shape),
@@ -89,13 +85,30 @@ def bitsandbytes_dequant(call: Call) -> Runner:
         blocksize=blocksize,
         quant_type="nf4",
         dtype=dtype,
-        offset=call.kwargs["absmax_offset"],
-        state2=nested,
     )
-    return functools.partial(functional.dequantize_4bit, packed, state)
+    if "absmax_code" in call.kwargs:
+        state.state2 = functional.QuantState(
+            absmax=call.kwargs["absmax_scale"],
+            code=call.kwargs["absmax_code"],
+            blocksize=call.kwargs.get("absmax_blocksize", 256),
+            dtype=torch.float32,
+        )
+        state.offset, state.nested = call.kwargs["absmax_offset"], True
+    return packed.reshape(-1, 1), state
 
 
-def torchao_dequant(call: Call) -> Runner:
+def bitsandbytes_dequant(call: Call) -> Runner:
+    """The operator itself, or for double quantisation the documented function: three launches."""
+    packed, state = _bitsandbytes_weight(call)
+    if state.nested:
+        return functools.partial(library("bitsandbytes.functional").dequantize_4bit, packed, state)
+    _, absmax, shape, dtype, blocksize = call.args
+    return functools.partial(
+        torch.ops.bitsandbytes.dequantize_4bit.default, packed, absmax, blocksize, "nf4", shape, dtype
+    )
+
+
+def _torchao_weight(call: Call) -> Any:
     """NF4Tensor on our packed bytes; its scales are int8 steps of a block's scale: ours but for rounding."""
     nf4_tensor = library("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     _nf4_only(call)
@@ -107,7 +120,7 @@ def torchao_dequant(call: Call) -> Runner:
         raise Absent(f"its scales come in whole blocks of {per_scale}")
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     meta = nf4_tensor.SubclassTensorArgs(torch.Size(shape), strides, 0, dtype, packed.device, False)
-    weight = nf4_tensor.NF4Tensor(
+    return nf4_tensor.NF4Tensor(
         meta,
         blocksize,
         absmax.numel(),
@@ -118,7 +131,11 @@ def torchao_dequant(call: Call) -> Runner:
         packed,
         nf4=torch.tensor(NF4_CODE, dtype=dtype, device=packed.device),
     )
-    return weight.get_original_weight  # type: ignore[no-any-return]
+
+
+def torchao_dequant(call: Call) -> Runner:
+    """Its one way back to a dense weight."""
+    return _torchao_weight(call).get_original_weight  # type: ignore[no-any-return]
 
 
 def torch_dequant(call: Call) -> Runner:
@@ -174,6 +191,96 @@ def torch_quantize(call: Call) -> Runner:
     return run
 
 
+def _weight(call: Call) -> Call:
+    """The nf4_dequant call that expands the weight of an nf4_gemv or nf4_linear call."""
+    x, packed, absmax, out_features, blocksize = call.args
+    return dataclasses.replace(call, args=(packed, absmax, [out_features, x.shape[-1]], x.dtype, blocksize))
+
+
+def _weight_of_dx(call: Call) -> Call:
+    """The same of an nf4_linear_dx call."""
+    dy, packed, absmax, in_features, blocksize = call.args
+    return dataclasses.replace(call, args=(packed, absmax, [dy.shape[-1], in_features], dy.dtype, blocksize))
+
+
+def _expand(weight: Call) -> Tensor:
+    return fastops.nf4_dequant(*weight.args, **weight.kwargs)
+
+
+def bitsandbytes_linear(call: Call) -> Runner:
+    """What a Linear4bit calls; on a CPU with AVX512-BF16 it repacks its weight once and always computes in bf16."""
+    bitsandbytes, functional = library("bitsandbytes"), library("bitsandbytes.functional")
+    x = call.args[0]
+    packed, state = _bitsandbytes_weight(_weight(call))
+    if x.device.type == "cpu" and functional.has_avx512bf16():
+        packed, state = functional._convert_weight_packed_for_cpu(packed, state)
+    return functools.partial(bitsandbytes.matmul_4bit, x, packed, quant_state=state)
+
+
+def bitsandbytes_dx(call: Call) -> Runner:
+    """What the backward pass of its MatMul4Bit computes."""
+    dy = call.args[0]
+    packed, state = _bitsandbytes_weight(_weight_of_dx(call))
+    dequantize = library("bitsandbytes.functional").dequantize_4bit
+    return lambda: torch.matmul(dy, dequantize(packed, state).to(dy.dtype))
+
+
+def dense_linear(call: Call) -> Runner:
+    """The dense layer: the weight expanded once, in x's dtype."""
+    return functools.partial(F.linear, call.args[0], _expand(_weight(call)))
+
+
+def dense_dx(call: Call) -> Runner:
+    """The gradient of the dense layer."""
+    return functools.partial(torch.matmul, call.args[0], _expand(_weight_of_dx(call)))
+
+
+def dequant_linear(call: Call) -> Runner:
+    """Our nf4_dequant and the dense layer: what a fused product has to beat at any number of rows."""
+    x, weight = call.args[0], _weight(call)
+    return lambda: F.linear(x, _expand(weight))
+
+
+def dequant_dx(call: Call) -> Runner:
+    """The same of the gradient."""
+    dy, weight = call.args[0], _weight_of_dx(call)
+    return lambda: torch.matmul(dy, _expand(weight))
+
+
+def gnf4_linear(call: Call) -> Runner:
+    """grouped-nf4-gemm with one group; its scales are plain fp32, so double quantisation is undone beforehand."""
+    nf4_grouped = library("nf4_grouped")
+    os.environ.setdefault("GNF4_GEMV_BW", "1")  # its faster way with one row, by default off on this GPU
+    x = call.args[0]
+    packed, absmax, (n, k), _, blocksize = _weight(call).args
+    if x.dtype != torch.bfloat16 or blocksize != nf4_grouped.BLOCKSIZE or k % blocksize:
+        raise Absent(f"it takes bf16, blocksize {nf4_grouped.BLOCKSIZE} and whole blocks in a row")
+    if "absmax_code" in call.kwargs:
+        values, scale = call.kwargs["absmax_code"][absmax.int()], call.kwargs["absmax_scale"]
+        each = scale.repeat_interleave(call.kwargs.get("absmax_blocksize", 256))[: values.numel()]
+        absmax = values * each + call.kwargs["absmax_offset"]
+    weight = packed.reshape(1, n, k // 2), absmax.reshape(1, n, k // blocksize)
+    group = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return functools.partial(nf4_grouped.gemm_4bit_grouped, x, *weight, [x.shape[0]], group)
+
+
+def torchao_linear(call: Call) -> Runner:
+    """NF4Tensor expanded and multiplied."""
+    linear_nf4 = library("torchao.quantization.quantize_.workflows.nf4.nf4_tensor").linear_nf4
+    return functools.partial(linear_nf4, call.args[0], _torchao_weight(_weight(call)))
+
+
+# Most products round each weight to 16 bits first, bitsandbytes on a CPU also x and the scales: some 1e-3 in all.
+PRODUCT = 1e-2
+FORWARD = {
+    "bitsandbytes": Peer(bitsandbytes_linear, PRODUCT),
+    "cublas": Peer(dense_linear, PRODUCT, device="cuda"),
+    "dequant+cublas": Peer(dequant_linear, PRODUCT, device="cuda"),
+    "torch": Peer(dense_linear, PRODUCT, device="cpu"),
+    "gnf4": Peer(gnf4_linear, PRODUCT, device="cuda"),
+    "torchao": Peer(torchao_linear, tolerance=2e-2, device="cuda"),
+}
+
 PEERS: dict[str, dict[str, Peer]] = {
     "nf4_dequant": {
         "bitsandbytes": Peer(bitsandbytes_dequant),
@@ -189,5 +296,13 @@ PEERS: dict[str, dict[str, Peer]] = {
             not_capturable="it launches on the legacy default stream, which a capture forbids (and then exits)",
         ),
         "torch": Peer(torch_quantize, tolerance=1e-2),
+    },
+    "nf4_gemv": FORWARD,
+    "nf4_linear": FORWARD,
+    "nf4_linear_dx": {
+        "bitsandbytes": Peer(bitsandbytes_dx, PRODUCT),
+        "cublas": Peer(dense_dx, PRODUCT, device="cuda"),
+        "dequant+cublas": Peer(dequant_dx, PRODUCT, device="cuda"),
+        "torch": Peer(dense_dx, PRODUCT, device="cpu"),
     },
 }

@@ -1,4 +1,4 @@
-"""What was measured, on disk: bench/results/<device>/<op>.json and bench/peaks/<device>.json.
+"""What was measured, on disk: bench/results/<device>/<op>.json (methods/<method>.json) and bench/peaks/<device>.json.
 
 The keys of a record are fixed, since reports and checks read them. A newer measurement of the same (op, case, backend,
 dtype, graphed) replaces the older one; `kernel_hash` tells whether the backend's sources have changed since.
@@ -94,20 +94,32 @@ def environment(device: torch.device) -> Record:
 def op_sources(stem: str, backend: str) -> tuple[str, ...]:
     """The files a backend's kernel is made of, as globs under the root.
 
-    Only its own, so that an edit for one backend leaves the results of the others valid. For `cuda` the headers are
-    the .cuh: code that runs on the device lives there and in the .cu, and what a host header (.h) changes does not run
-    on the device, constants of the format and the layout of arguments aside.
+    Only its own, headers as far as it includes them, so that other edits leave the results valid. Of `cuda` the headers
+    are the .cuh, whose code runs on the device, and those that choose what runs (*_plan.h); what another host header
+    changes does not run there, constants of the format and the layout of arguments aside.
 
     Args:
         stem: the op, or its family's chief member.
         backend: "cuda" | "triton" | "cpu" | "reference".
     """
     return {
-        "cuda": (f"csrc/cuda/{stem}.cu", "csrc/common/*.cuh"),
+        "cuda": _with_headers(f"csrc/cuda/{stem}.cu", (".cuh", "_plan.h")),
         "triton": (f"triton_ops/{stem}.py",),
-        "cpu": (f"csrc/cpu/{stem}.cpp", "csrc/common/*.h"),
+        "cpu": _with_headers(f"csrc/cpu/{stem}.cpp", (".h",)),
         "reference": (f"reference/{stem}.py",),
     }[backend]
+
+
+def _with_headers(source: str, endings: tuple[str, ...]) -> tuple[str, ...]:
+    """`source` and what it includes of csrc/common, directly or not, under these endings."""
+    seen, left = {source}, [source]
+    while left:
+        file = ROOT / left.pop()
+        text = file.read_text() if file.exists() else ""
+        new = {f"csrc/{name}" for name in re.findall(r'^\s*#include "(common/\S+)"', text, re.MULTILINE)} - seen
+        seen |= new
+        left += new
+    return (source, *sorted(f for f in seen - {source} if f.endswith(endings)))
 
 
 def kernel_hash(sources: Iterable[str]) -> str:
@@ -146,24 +158,24 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def load(device: str, op: str) -> list[Record]:
-    """The committed records of an op on a device."""
-    path = RESULTS / device / f"{op}.json"
+def load(device: str, name: str) -> list[Record]:
+    """The committed records of a page on a device; `name` is its file's: an op's, or "methods/<method>"."""
+    path = RESULTS / device / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def save(device: str, op: str, new: Sequence[Record]) -> None:
+def save(device: str, name: str, new: Sequence[Record]) -> None:
     """Put `new` in the place of older measurements of the same."""
-    merged = {key(r): r for r in [*load(device, op), *new]}
-    write_json(RESULTS / device / f"{op}.json", sorted(merged.values(), key=_order))
+    merged = {key(r): r for r in [*load(device, name), *new]}
+    write_json(RESULTS / device / f"{name}.json", sorted(merged.values(), key=_order))
 
 
-def prune(device: str, op: str, cases: Iterable[str]) -> None:
+def prune(device: str, name: str, cases: Iterable[str]) -> None:
     """Drop records of cases (as `case_key`) that the bench no longer has: nothing can bring them up to date."""
-    wanted, old = set(cases), load(device, op)
+    wanted, old = set(cases), load(device, name)
     kept = [r for r in old if case_key(r) in wanted]
     if len(kept) < len(old):
-        write_json(RESULTS / device / f"{op}.json", kept)
+        write_json(RESULTS / device / f"{name}.json", kept)
 
 
 def save_peaks(device: torch.device, peaks: Mapping[str, float]) -> None:
@@ -173,8 +185,8 @@ def save_peaks(device: torch.device, peaks: Mapping[str, float]) -> None:
 
 
 def all_results() -> dict[str, dict[str, list[Record]]]:
-    """{device: {op: records}} of everything committed."""
+    """{device: {op or method: records}} of everything committed, methods last."""
     found: dict[str, dict[str, list[Record]]] = {}
-    for file in sorted(RESULTS.glob("*/*.json")):
-        found.setdefault(file.parent.name, {})[file.stem] = json.loads(file.read_text())
+    for file in [*sorted(RESULTS.glob("*/*.json")), *sorted(RESULTS.glob("*/methods/*.json"))]:
+        found.setdefault(file.relative_to(RESULTS).parts[0], {})[file.stem] = json.loads(file.read_text())
     return found

@@ -7,37 +7,43 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import harness, records
+from . import harness, plots, records
+from .plots import bytes_of, peer_names, timing
 from .records import Record
 
 DOCS = records.ROOT / "docs"
-PEER_ORDER = ("bitsandbytes",)  # named first; the others follow by name
 
 
 def lines(outcome: harness.Outcome) -> list[str]:
-    """A line for each way of timing: `N=4096 … graph | cuda 19.8 µs, 71.0 % of floor, error 0.99 | torch 91 µs`."""
+    """A line for each way of timing: `N=4096 … graph | cuda 19.8 µs, 71.0 % of floor, error 0.99 | torch 91 µs`.
+
+    A method's: `model=… batch=8 … eager | cuda ms_per_token 21.3, …`.
+    """
     shown = []
     for how in ("eager", "graph"):
         found = [r for r in outcome.records if timing(r) == how]
         if not found:
             continue
-        ours = [
-            f"{r['backend']} {digits(r['us'])} µs, {100 * r['floor_share']:.1f} % of floor, error {r['error_ratio']:g}"
-            for r in found
-        ]
-        theirs = [f"{name} {digits(us)} µs" for name, us in found[0]["peers"].items()]
+        ours = [f"{r['backend']} {_said(r)}" for r in found]
+        theirs = [f"{name} {digits(us)} µs" for name, us in found[0]["peers"].items() if "figures" not in found[0]]
         shown.append(" | ".join([f"{outcome.case} {how}", *ours, *theirs]))
     return shown
 
 
+def _said(r: Record) -> str:
+    """What was found of one backend."""
+    if "figures" in r:
+        return ", ".join(f"{name} {digits(value)}" for name, value in r["figures"].items())
+    return f"{digits(r['us'])} µs, {100 * r['floor_share']:.1f} % of floor, error {r['error_ratio']:g}"
+
+
 @dataclass(frozen=True)
 class Table:
-    """One op on one device."""
+    """One op or method on one device."""
 
     op: str
     device: str
@@ -52,9 +58,7 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the versions, the table."""
-        lines = ["| " + " | ".join(row) + " |" for row in (self.columns, *self.rows)]
-        rule = "|" + "".join(" --- |" if i < 3 else " ---: |" for i in range(len(self.columns)))
-        return "\n".join([f"## {self.title}", "", self.note, "", lines[0], rule, *lines[1:]])
+        return "\n".join([f"## {self.title}", "", self.note, "", *_lines(self.columns, self.rows, left=3)])
 
 
 def tables(ops: Sequence[str] | None = None) -> list[Table]:
@@ -68,15 +72,28 @@ def tables(ops: Sequence[str] | None = None) -> list[Table]:
 
 
 def _table(op: str, device: str, found: Sequence[Record]) -> Table:
+    if "figures" in found[0]:
+        return _method_table(op, device, found)
     peers = peer_names(found)
     columns = ("case", "backend", "timing", "µs", "% of floor", "GB/s", *(f"× {p}" for p in peers), "error")
     return Table(op, device, columns, [_row(r, peers) for r in found], _note(found))
 
 
-def peer_names(found: Iterable[Record]) -> list[str]:
-    """Every peer of these records, the chief one first."""
-    names = {name for r in found for name in r["peers"]}
-    return sorted(names, key=lambda name: (name not in PEER_ORDER, name))
+def _method_table(method: str, device: str, found: Sequence[Record]) -> Table:
+    """A column for each figure that some case has."""
+    names = list(dict.fromkeys(name for r in found for name in r["figures"]))
+    rows = [
+        (
+            harness.case_label(r),
+            r["backend"],
+            timing(r),
+            f"{100 * r['floor_share']:.1f}",
+            *(digits(r["figures"][name]) if name in r["figures"] else "–" for name in names),
+        )
+        for r in found
+    ]
+    columns = ("case", "backend", "timing", "% of floor", *(name.replace("_", " ") for name in names))
+    return Table(method, device, columns, rows, _note(found))
 
 
 def _row(r: Record, peers: Sequence[str]) -> tuple[str, ...]:
@@ -99,19 +116,9 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def timing(r: Record) -> str:
-    """How a record was timed."""
-    return "graph" if r["graphed"] else "eager"
-
-
 def _gbps(r: Record) -> str:
-    moved = _bytes(r)
+    moved = bytes_of(r)
     return digits(moved / r["us"] / 1e3) if moved else "–"
-
-
-def _bytes(r: Record) -> int | None:
-    """What the record's case must move, where its bench page is still here and says so."""
-    return harness.page(r["op"]).bytes_of(r) if r["op"] in harness.page_names() else None
 
 
 def _note(found: Sequence[Record]) -> str:
@@ -144,33 +151,79 @@ def stale(ops: Sequence[str] | None = None) -> list[tuple[str, Record]]:
 
 def write_docs(ops: Sequence[str] | None = None) -> list[Path]:
     """Plots of `ops`, docs/results.md with every table, the README's tables; returns what was written."""
-    drawn = [_plot(t.op, t.device) for t in tables(ops)]
+    results = records.all_results()
+    drawn = [
+        path
+        for t in tables(ops)
+        if plots.draw(path := DOCS / f"{t.op}_{t.device}.png", t.op, t.device, results[t.device])
+    ]
     page = DOCS / "results.md"
     page.write_text("\n\n".join([_HEADER, *map(_section, tables())]) + "\n")
     readme = records.ROOT / "README.md"
     readme.write_text(_README_BLOCK.sub(lambda match: match[1] + readme_tables() + match[2], readme.read_text()))
-    return [*(p for p in drawn if p), page, readme]
+    return [*drawn, page, readme]
 
 
 _README_BLOCK = re.compile(r"(<!-- begin: results -->\n).*?(<!-- end: results -->)", re.DOTALL)
 
 
 def readme_tables() -> str:
-    """A short table a device and op: bf16 at the usual blocksize, each way of timing beside bitsandbytes."""
+    """A short table a device and op, bf16 at the usual blocksize, and what was found of whole models."""
     parts = []
     for device, by_op in sorted(records.all_results().items(), reverse=True):
         for op, found in by_op.items():
-            usual = [r for r in found if r["dtype"] == "bfloat16" and r["case"].get("blocksize") == 64]
-            if usual:
-                parts += [f"**{op} on {device}**, bf16, blocksize 64. {_note(usual)}", "", *_short_rows(usual), ""]
+            parts += _short_table(op, device, found, by_op)
     return "\n".join(parts)
 
 
+def _short_table(op: str, device: str, found: Sequence[Record], by_op: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Its lines; none where another table holds them, or there is nothing usual."""
+    if found and "figures" in found[0]:
+        table = _table(op, device, found)
+        return [f"**{op} on {device}**, whole models. {table.note}", "", *table.markdown().splitlines()[4:], ""]
+    usual = [r for r in found if r["dtype"] == "bfloat16" and r["case"].get("blocksize") == 64]
+    if not usual or (op in plots.BY_ROWS.values() and set(plots.BY_ROWS) & set(by_op)):
+        return []
+    if "M" not in usual[0]["case"]:
+        return [f"**{op} on {device}**, bf16, blocksize 64. {_note(usual)}", "", *_short_rows(usual), ""]
+    single = plots.BY_ROWS.get(op)
+    usual = [r for r in by_op.get(single or "", []) if r["dtype"] == "bfloat16"] + usual
+    graphed = [r for r in usual if r["graphed"]]
+    title = f"**{op} on {device}**{f' (M = 1: {single})' if single else ''}, bf16, blocksize 64"
+    what = f"{timing((graphed or usual)[0])}: µs of the fastest backend (times faster than bitsandbytes, than dense)"
+    return [f"{title}, {what}. {_note(usual)}", "", *_by_rows(graphed or usual), ""]
+
+
+def _by_rows(found: Sequence[Record]) -> list[str]:
+    """A row a matrix, a column a number of rows."""
+    cells: dict[str, dict[int, Record]] = {}
+    for r in found:
+        row = cells.setdefault(_matrix(r), {})
+        m = r["case"]["M"]
+        if m not in row or r["us"] < row[m]["us"]:
+            row[m] = r
+    rows = sorted({m for row in cells.values() for m in row})
+    body = [[matrix, *(_cell(row[m]) if m in row else "–" for m in rows)] for matrix, row in cells.items()]
+    return _lines(["matrix", *(f"M = {m}" for m in rows)], body, left=1)
+
+
+def _cell(r: Record) -> str:
+    """`48.2 (2.21, 3.71)`."""
+    dense = r["peers"].get("cublas", r["peers"].get("torch"))
+    times = [f"{us / r['us']:.2f}" if us else "–" for us in (r["peers"].get("bitsandbytes"), dense)]
+    return f"{digits(r['us'])} ({', '.join(times)})"
+
+
+def _matrix(r: Record) -> str:
+    return f"{r['case']['N']} × {r['case']['K']}{', double quant.' if r['case'].get('double_quant') else ''}"
+
+
 def _short_rows(found: Sequence[Record]) -> list[str]:
+    """Each way of timing beside bitsandbytes."""
     columns = ["matrix", "backend", "timing", "µs", "% of floor", "bitsandbytes µs", "×"]
     rows = [
         [
-            f"{r['case']['N']} × {r['case']['K']}{', double quant.' if r['case'].get('double_quant') else ''}",
+            _matrix(r),
             r["backend"],
             timing(r),
             digits(r["us"]),
@@ -180,9 +233,14 @@ def _short_rows(found: Sequence[Record]) -> list[str]:
         ]
         for r in found
     ]
-    rule = "| " + " | ".join("---" if i < 3 else "---:" for i in range(len(columns))) + " |"
-    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
-    return [lines[0], rule, *lines[1:]]
+    return _lines(columns, rows, left=3)
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """A table in markdown, the first `left` columns flush left."""
+    rule = "| " + " | ".join("---" if i < left else "---:" for i in range(len(columns))) + " |"
+    head, *body = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return [head, rule, *body]
 
 
 _HEADER = """# Results
@@ -193,63 +251,12 @@ peak, both measured in the same run (`bench/peaks`). Caches are cold: `graph` is
 rotating inputs, `eager` that of single calls. On a CPU, whose cores others may share, it is the lower quartile, and the
 peaks are the best seen; it may pass 100 %, because its cache holds part of an output back until after the clock stops.
 `× peer` is the peer's time over ours. `error` is the largest error of an element as a multiple of the best possible
-rounding error (for `nf4_quantize`, how many codes are not exactly right)."""
+rounding error (for `nf4_quantize`, how many codes are not exactly right). Products are plotted as time by the number
+of rows. A method's table has its figures: `ms per token` is of a whole model, or of the part that the case names."""
 
 
 def _section(table: Table) -> str:
     image = f"{table.op}_{table.device}.png"
-    picture = [f"![share of the floor: {table.title}]({image})"] if (DOCS / image).exists() else []
+    shown = "time by rows" if table.op in plots.BY_ROWS else "share of the floor"
+    picture = [f"![{shown}: {table.title}]({image})"] if (DOCS / image).exists() else []
     return "\n\n".join([table.markdown(), *picture])
-
-
-def _plot(op: str, device: str) -> Path | None:
-    """Share of the floor by case, a bar for each backend and peer; None without matplotlib, or where no bytes move."""
-    found = records.load(device, op)
-    found = [r for r in found if r["graphed"]] or found
-    if not any(map(_bytes, found)):
-        return None
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shares = floor_shares(found)
-    names = list(dict.fromkeys(name for bars in shares.values() for name in bars))
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.2 * len(shares) * (len(names) + 1)), layout="constrained")
-    _draw(axes, shares, names)
-    axes.set_title(f"{op} on {device}, {timing(found[0])}: share of the floor")
-    path = DOCS / f"{op}_{device}.png"
-    DOCS.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return path
-
-
-def floor_shares(found: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """{case: {backend or peer: its share of the floor}}."""
-    shares: dict[str, dict[str, float]] = {}
-    for r in found:
-        bars = shares.setdefault(harness.case_label(r), {})
-        bars[f"fastops {r['backend']}"] = r["floor_share"]
-    for r in found:
-        for peer in peer_names([r]):
-            shares[harness.case_label(r)].setdefault(peer, r["floor_us"] / r["peers"][peer])
-    return shares
-
-
-def _draw(axes: Any, shares: dict[str, dict[str, float]], names: Sequence[str]) -> None:
-    """Horizontal bars in groups, the first case on top."""
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        have = [(row, bars[name]) for row, bars in enumerate(shares.values()) if name in bars]
-        offset = (i - (len(names) - 1) / 2) * height
-        bars = axes.barh([row + offset for row, _ in have], [share for _, share in have], height, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
-    axes.set_yticks(range(len(shares)), list(shares), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(1.0, *(share for bars in shares.values() for share in bars.values())) * 1.06)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("floor / time (1 = as fast as the device can)")
-    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=len(names))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CUDA_FLUSH_BYTES = 512 << 20  # 0.17 ms of device time: longer than any host takes to launch what comes next
+CUDA_FLUSH_BYTES = 512 << 20
+FLUSH_US = 170.0  # what the pass takes at 3 TB/s: longer than any host takes to launch what comes next
 ROTATION_L2 = 4  # input sets of a graph fill L2 this many times
 GRAPH_US = 3000.0  # work of one graph, so that its launch weighs less than 0.2 %
 MAX_GRAPH_CALLS = 256
@@ -29,10 +30,14 @@ Runner = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each measurement may take, in milliseconds of measured time."""
+    """How long each measurement may take, in milliseconds; on a CPU, of measured time."""
 
     cuda_ms: float
     cpu_ms: float
+
+    def at_most(self, other: Effort) -> Effort:
+        """The less of each."""
+        return Effort(min(self.cuda_ms, other.cuda_ms), min(self.cpu_ms, other.cpu_ms))
 
 
 FULL = Effort(cuda_ms=120.0, cpu_ms=1500.0)
@@ -99,7 +104,7 @@ def cuda_eager_us(call: Runner, effort: Effort = FULL) -> float:
     flush = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     _flushed_us(call, flush, 3)  # compiles, tunes, fills the allocator
     one_us = statistics.median(_flushed_us(call, flush, 5))
-    return statistics.median(_flushed_us(call, flush, repeats(one_us, effort.cuda_ms, 15, 1000)))
+    return statistics.median(_flushed_us(call, flush, repeats(one_us + FLUSH_US, effort.cuda_ms, 15, 1000)))
 
 
 def cuda_graph_us(calls: Sequence[Runner], effort: Effort = FULL) -> float:

@@ -8,6 +8,13 @@
 #include "common/cpu_output.h"
 #include "common/tuned.h"
 
+#if defined(FASTOPS_WITH_CUDA)
+namespace fastops::nf4_gemv {
+std::string describe(int device, int64_t rows, int64_t n, int64_t k, int64_t item_bytes, int64_t blocksize,
+                     bool double_quant, bool aligned);
+}
+#endif
+
 namespace {
 
 using fastops::Isa;
@@ -28,12 +35,13 @@ PyObject* limit_cpu_isa(PyObject*, PyObject* name) {
   const std::string wanted = text(name);
   if (PyErr_Occurred()) return nullptr;
   const Isa best = fastops::detect_isa();
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (wanted != fastops::isa_name(isa)) continue;
     fastops::active_isa = isa < best ? isa : best;
     return cpu_isa(nullptr, nullptr);
   }
-  PyErr_Format(PyExc_ValueError, "limit_cpu_isa: name must be scalar, avx2 or avx512, got %s", wanted.c_str());
+  PyErr_Format(PyExc_ValueError, "limit_cpu_isa: name must be scalar, avx2, avx512 or avx512_bf16, got %s",
+               wanted.c_str());
   return nullptr;
 }
 
@@ -66,6 +74,21 @@ PyObject* device_slug(PyObject*, PyObject* name) {
   return PyUnicode_FromString(fastops::device_slug(value).c_str());
 }
 
+PyObject* describe_product(PyObject*, PyObject* args) {
+  int device, double_quant, aligned;
+  long long rows, n, k, item_bytes, blocksize;
+  if (!PyArg_ParseTuple(args, "iLLLLLpp", &device, &rows, &n, &k, &item_bytes, &blocksize, &double_quant, &aligned)) {
+    return nullptr;
+  }
+#if defined(FASTOPS_WITH_CUDA)
+  const std::string plan =
+      fastops::nf4_gemv::describe(device, rows, n, k, item_bytes, blocksize, double_quant != 0, aligned != 0);
+  return PyUnicode_FromString(plan.c_str());
+#else
+  return PyUnicode_FromString("");
+#endif
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "cpu_isa() -> str: the instruction set the CPU kernels use."},
     {"limit_cpu_isa", limit_cpu_isa, METH_O,
@@ -74,6 +97,9 @@ PyMethodDef methods[] = {
      "enable_output_pool(on) -> bool: whether large CPU results come from the pool; returns what was set before."},
     {"has_cuda_kernels", has_cuda_kernels, METH_NOARGS, "has_cuda_kernels() -> bool: built with nvcc."},
     {"set_tuned", set_tuned, METH_VARARGS, "set_tuned(op, gpu, rows): tuned CUDA configurations, 'key size config;…'."},
+    {"describe_product", describe_product, METH_VARARGS,
+     "describe_product(device, rows, n, k, item_bytes, blocksize, double_quant, aligned) -> str: how the CUDA products "
+     "would multiply."},
     {"device_slug", device_slug, METH_O, "device_slug(name) -> str: how tuned tables name a CUDA device."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -13,6 +13,7 @@ from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
 from .ops.nf4_dequant import nf4_dequant
+from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
 from .ops.nf4_quantize import nf4_quantize
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "explain",
     "interop",
     "nf4_dequant",
+    "nf4_gemv",
+    "nf4_linear",
+    "nf4_linear_dx",
     "nf4_quantize",
     "use_backend",
 ]

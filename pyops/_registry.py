@@ -7,6 +7,7 @@ reference); `fastops.<op>(..., backend=...)` runs a named one and never falls ba
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import _extension
 from ._checks import fail
 from ._ops import NAMESPACE, library, overload, qualified
+from .reference._truth import member
 from .triton_ops import _tuned
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -32,15 +34,24 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
 registry: dict[str, Op] = {}
 
 
-@functools.cache
+_TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 def triton_missing() -> str:
-    """Why Triton cannot be used at all, or ""."""
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    """Why Triton cannot be used at all, or ""; a constant, so that torch.compile can trace the choice of a backend."""
+    return _TRITON_MISSING
 
 
 def triton_interprets() -> bool:
     """Whether TRITON_INTERPRET=1 runs Triton kernels on the CPU (tests do)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """What a kernel computes with is the kernel's business, also where it is made of torch's operators."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Op:
         check: raises RuntimeError on a bad argument, reading no values; runs before every Python path and the fake.
         fake: returns empty outputs for fake tensors.
         reference: the pure PyTorch function, the backend that is always there.
-        triton: module under `triton_ops` whose `launch` runs the op, or None.
+        triton: module under `triton_ops` whose `launch` (`<op>_launch` where ops share it) runs the op, or None.
         check_values: reads values (lengths, indices) and raises; always runs on the CPU, on a GPU under debug_checks().
         describe: (backend, *args) -> the configuration that would run, for explain().
         family: the op after which the files are named, where several ops share them; the op itself when None.
@@ -224,6 +235,10 @@ class Op:
         """The op's module under triton_ops (imports Triton)."""
         return importlib.import_module(f".triton_ops.{self._triton}", __package__)
 
+    def triton_member(self, name: str) -> Any:
+        """`<op>_<name>` of that module where the op shares it, else `<name>`: launch, DEFAULT, SPACE."""
+        return member(self.triton_page(), self.name, name)
+
     def check_values(self, *args: Any, **kwargs: Any) -> None:
         """Raise if a value inside a tensor is out of range (synchronises with the device)."""
         if self._check_values is not None:
@@ -305,11 +320,11 @@ class Op:
         self._check(*args, **kwargs)
         if self._check_values is not None and self._device(args, kwargs).type == "cpu":
             self._check_values(*args, **kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(self._device(args, kwargs).type):
             return (self._reference if backend == "reference" else self._launch_triton)(*args, **kwargs)
 
     def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
-        return self.triton_page().launch(*args, **kwargs)  # imported at the first call: importing Triton is slow
+        return self.triton_member("launch")(*args, **kwargs)  # imported at the first call: importing Triton is slow
 
     @staticmethod
     def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,27 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return torch.stack([flat >> 4, flat & 15], dim=-1).reshape(-1)[:n].long()
 
 
+def weights(
+    packed: Tensor,
+    absmax: Tensor,
+    start: int,
+    end: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    *,
+    code: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    absmax_blocksize: int = 256,
+) -> Tensor:
+    """Weights `start` to `end` of the flat tensor, everything computed in `dtype`."""
+    nibbles = unpack(packed.reshape(-1)[start // 2 : -(-end // 2)], end - start // 2 * 2)[start % 2 :]
+    scales = block_scales(absmax, absmax_code, absmax_scale, absmax_offset, absmax_blocksize, dtype)
+    scales = scales[start // blocksize : -(-end // blocksize)].repeat_interleave(blocksize)
+    return code_table(code, packed.device).to(dtype)[nibbles] * scales[start % blocksize :][: end - start]
+
+
 def nf4_dequant(
     packed: Tensor,
     absmax: Tensor,
@@ -66,39 +88,52 @@ def nf4_dequant(
     absmax_blocksize: int = 256,
 ) -> Tensor:
     """Multiply in fp32 and round once to `dtype`; with dtype=torch.float64 everything is computed in float64."""
-    n = math.prod(shape)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    scales = block_scales(absmax, absmax_code, absmax_scale, absmax_offset, absmax_blocksize, work)
-    values = code_table(code, packed.device).to(work)[unpack(packed, n)]
-    return (values * scales.repeat_interleave(blocksize)[:n]).to(dtype).reshape(tuple(shape))
+    values = weights(
+        packed, absmax, 0, math.prod(shape), blocksize, torch.float64 if dtype == torch.float64 else torch.float32,
+        code=code, absmax_code=absmax_code, absmax_scale=absmax_scale, absmax_offset=absmax_offset,
+        absmax_blocksize=absmax_blocksize,
+    )  # fmt: skip
+    return values.to(dtype).reshape(tuple(shape))
 
 
-def cost(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int = 64,
+def unsigned(device: torch.device, **scales: Any) -> dict[str, Any]:
+    """The double quantisation and code without signs: what they make are the sizes of the terms of each weight."""
+    positive = {k: v.abs() if isinstance(v, Tensor) else v for k, v in scales.items()}
+    return {**positive, "code": code_table(positive.get("code"), device).abs()}
+
+
+def weight_bytes(
+    n: int,
+    blocksize: int,
     *,
     code: Tensor | None = None,
     absmax_code: Tensor | None = None,
     absmax_scale: Tensor | None = None,
     absmax_offset: Tensor | None = None,
     absmax_blocksize: int = 256,
-) -> Cost:
-    """Bytes and flops for n weights in b = ceil(n / blocksize) blocks.
+) -> int:
+    """What must be read of n weights in b = ceil(n / blocksize) blocks.
 
-    Read: ceil(n / 2) packed, 4 b of absmax; double-quantised instead b + 4 ceil(b / absmax_blocksize) + 1024 (its
-    table) + 4 (offset, if any); 64 for a code table of the user's. Written: n elements of dtype. One product a weight,
-    and two operations a block to undo double quantisation.
+    ceil(n / 2) packed, 4 b of absmax; double-quantised instead b + 4 ceil(b / absmax_blocksize) + 1024 (its table) +
+    4 (offset, if any); 64 for a code table of the user's.
+    """
+    blocks = -(-n // blocksize)
+    read = -(-n // 2) + (64 if code is not None else 0)
+    if absmax_code is None:
+        return read + 4 * blocks
+    return read + blocks + 4 * -(-blocks // absmax_blocksize) + 1024 + (4 if absmax_offset is not None else 0)
+
+
+def cost(
+    packed: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int = 64, **scales: Any
+) -> Cost:
+    """Read the weights; write n elements of dtype.
+
+    One product a weight, and two operations a block to undo double quantisation.
     """
     n = math.prod(shape)
-    blocks = -(-n // blocksize)
-    moved = -(-n // 2) + n * dtype.itemsize + (64 if code is not None else 0)
-    if absmax_code is None:
-        return Cost(moved + 4 * blocks, n)
-    moved += blocks + 4 * -(-blocks // absmax_blocksize) + 1024 + (4 if absmax_offset is not None else 0)
-    return Cost(moved, n + 2 * blocks)
+    undo = 2 * -(-n // blocksize) if scales.get("absmax_code") is not None else 0
+    return Cost(weight_bytes(n, blocksize, **scales) + n * dtype.itemsize, n + undo)
 
 
 def random_inputs(
@@ -151,7 +186,5 @@ def error(got: Tensor, packed: Tensor, absmax: Tensor, shape: Sequence[int], dty
     truth = nf4_dequant(packed, absmax, shape, torch.float64, blocksize, **kwargs)  # type: ignore[arg-type]
     if "absmax_code" not in kwargs:
         return error_ratio(got, truth)
-    magnitudes = {k: v.abs() if k != "absmax_blocksize" else v for k, v in kwargs.items()}  # type: ignore[attr-defined]
-    magnitudes["code"] = code_table(kwargs.get("code"), packed.device).abs()  # type: ignore[arg-type]
-    terms = nf4_dequant(packed, absmax, shape, torch.float64, blocksize, **magnitudes)  # type: ignore[arg-type]
+    terms = nf4_dequant(packed, absmax, shape, torch.float64, blocksize, **unsigned(packed.device, **kwargs))
     return error_ratio(got, truth, terms)

@@ -182,12 +182,13 @@ class Uniform(nn.Module):
         return type("Output", (), {"loss": loss})
 
 
+@pytest.mark.parametrize("window", [1024, 100])
 @pytest.mark.parametrize("tokens", [2, 1024, 1025, 1026, 2500])
-def test_perplexity_of_a_uniform_model(tokens):
+def test_perplexity_of_a_uniform_model(tokens, window):
     calls = []
-    got = _measure.perplexity(Uniform(), torch.randint(50, (tokens,)), lambda: calls.append(1))
+    got = _measure.perplexity(Uniform(), torch.randint(50, (tokens,)), lambda: calls.append(1), window)
     assert got == pytest.approx(50)
-    assert len(calls) == tokens // 1024 + (tokens % 1024 > 1)
+    assert len(calls) == tokens // window + (tokens % window > 1)
 
 
 def test_clock_counts_decode_steps(monkeypatch):
@@ -211,6 +212,7 @@ def test_weights_of_dense_ours_and_bitsandbytes():
     sizes = {name: demo.weights_megabytes(build(copy.deepcopy(net))) for name, build in found.items()}
     assert sizes["fastops NF4"][0] == (packed + 4 * scales) / 1e6
     assert sizes["bitsandbytes NF4"][0] == (packed + 4 * scales + 64) / 1e6  # its 16 codes, kept beside each weight
+    assert sizes["bitsandbytes NF4 on fastops"] == sizes["bitsandbytes NF4"]
     double = packed + scales + 4 * 2 + 4 * 256 + 4
     assert sizes["fastops NF4, double quant."][0] == double / 1e6
     assert sizes["bitsandbytes NF4, double quant."][0] == (double + 64) / 1e6
@@ -236,5 +238,5 @@ def test_the_real_text_is_long_enough():
 def test_which_kernels_names_both_operators():
     net = nn.Sequential(nn.Linear(64, 64))
     lines = demo.which_kernels(fastops.methods.quantize_model(net), torch.float32)
-    assert [line.partition(":")[0] for line in lines] == ["nf4_quantize", "nf4_dequant"]
+    assert [line.partition(":")[0] for line in lines] == ["nf4_quantize", "nf4_linear"]
     assert all("backend" in line for line in lines)

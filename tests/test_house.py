@@ -1,6 +1,7 @@
 """The rules of the house: one op, one name, the same place in every folder; imports climb no floor and are quiet."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import fastops
 from fastops import _registry
+from fastops.reference._truth import truth
 
 ROOT = Path(__file__).parent.parent
 CHECKOUT = (ROOT / "pyops").is_dir()
@@ -37,12 +39,19 @@ def test_siblings_exist(op):
 
 
 @pytest.mark.parametrize("op", FAMILY)
-def test_the_reference_page_is_whole(op):
-    import importlib
+def test_a_family_has_one_page(op):
+    assert FAMILY[FAMILY[op]] == FAMILY[op], "files carry the name of a member, the chief one"
+    assert getattr(fastops, op).__module__ == f"fastops.ops.{FAMILY[op]}"
+    assert _registry.registry[op]._triton in (None, FAMILY[op])
 
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_the_reference_page_is_whole(op):
     page = importlib.import_module(f"fastops.reference.{FAMILY[op]}")
-    for wanted in (op, "cost", "samples", "error", "BUDGET"):
-        assert hasattr(page, wanted), f"reference/{FAMILY[op]}.py lacks {wanted}"
+    assert callable(getattr(page, op)), f"reference/{FAMILY[op]}.py lacks {op}"
+    about = truth(op, FAMILY[op])  # its own cost, samples, error and BUDGET, or the family's
+    assert about.budget >= 0
+    assert all(callable(part) for part in about[:3])
     assert callable(getattr(fastops, op))
     assert op in fastops.__all__
 
@@ -50,7 +59,8 @@ def test_the_reference_page_is_whole(op):
 @pytest.mark.parametrize("op", [name for name, op in _registry.registry.items() if op.cuda_configs])
 def test_every_cuda_configuration_can_be_tuned(op):
     """Python's count and the kernel's list of configurations agree."""
-    source = (ROOT / f"csrc/cuda/{FAMILY[op]}.cu").read_text()
+    files = (ROOT / f"csrc/cuda/{FAMILY[op]}.cu", ROOT / f"csrc/common/{FAMILY[op]}.cuh")  # shared kernels lie in common
+    source = "".join(file.read_text() for file in files if file.is_file())
     listed = re.search(r"kConfigs\[\] = \{(.*?)\};", source, flags=re.S)[1]
     assert listed.count("{") == _registry.registry[op].cuda_configs
 

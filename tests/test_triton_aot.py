@@ -12,11 +12,11 @@ if registry.triton_interprets():
 
 from fastops.triton_ops import _aot
 
+PAGES = sorted({op._triton for op in registry.registry.values() if op._triton is not None})
 SPECS = [
-    pytest.param(spec, id=f"{op}-{spec.name}")
-    for op in sorted(registry.registry)
-    if registry.registry[op]._triton is not None
-    for spec in importlib.import_module(f"fastops.triton_ops.{registry.registry[op]._triton}").specializations()
+    pytest.param(spec, id=f"{page}-{spec.name}")
+    for page in PAGES
+    for spec in importlib.import_module(f"fastops.triton_ops.{page}").specializations()
 ]
 
 

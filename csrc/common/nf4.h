@@ -133,4 +133,38 @@ inline int64_t count_weights(const char* op, const std::vector<int64_t>& shape) 
   return empty ? 0 : n;
 }
 
+// Sizes of a product: x [..., K] or dy [..., N] against a weight [N, K], flattened to `rows` rows.
+struct ProductSizes {
+  int64_t rows, out_features, in_features;
+};
+
+inline void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t out_features) {
+  if (!bias) return;
+  check_same_device(op, "bias", *bias, "x", x);
+  check_dtype(op, "bias", *bias, x.scalar_type());
+  FO_CHECK(bias->numel() == out_features, op, "bias must have out_features = ", out_features, " elements, got ",
+           bias->numel());
+}
+
+// What nf4_gemv, nf4_linear (left = "x", other = "out_features") and nf4_linear_dx ("dy", "in_features") have in
+// common: the activations, the size that they do not tell, and the weight.
+inline ProductSizes check_product(const char* op, const char* left, const Tensor& activations, const char* other,
+                                  int64_t other_features, const Tensor& packed, const Scales& scales,
+                                  bool one_row = false) {
+  check_float_type(op, left, activations.scalar_type());
+  FO_CHECK(activations.dim() >= 1, op, left, " must have at least 1 dimension, got 0");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < activations.dim(); ++i) rows *= activations.size(i);
+  FO_CHECK(!one_row || rows == 1, op, left, " must hold one row, got ", shape_string(activations.sizes()));
+  FO_CHECK(other_features >= 0, op, other, " must not be negative, got ", other_features);
+  check_same_device(op, "packed", packed, left, activations);
+  const int64_t features = activations.size(activations.dim() - 1);
+  int64_t n;
+  FO_CHECK(!__builtin_mul_overflow(features, other_features, &n), op, other,
+           " must give a weight of fewer than 2^63 elements, got ", other_features);
+  check_packed(op, packed, scales, n);
+  const bool forward = left[0] == 'x';
+  return {rows, forward ? other_features : features, forward ? features : other_features};
+}
+
 }  // namespace fastops::nf4

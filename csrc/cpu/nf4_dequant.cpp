@@ -187,7 +187,7 @@ void expand_blocks(const Params& p, T* out, int64_t first_block, int64_t last_bl
     const float scale = block_scale(p.scales, block);
     int64_t done = 0;
 #if defined(FASTOPS_X86)
-    if (isa == Isa::kAvx512) done = expand_avx512(packed, code, scale, out + start, count);
+    if (isa >= Isa::kAvx512) done = expand_avx512(packed, code, scale, out + start, count);
     if (isa == Isa::kAvx2) done = expand_avx2(packed, code, scale, out + start, count);
 #endif
     if (done == count) continue;

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 
+#include "common/cpu_convert.h"
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/nf4.h"
@@ -40,22 +41,6 @@ void set_code(Params& p, const float* code) {
 }
 
 // Everything below is plain C++ that the compiler vectorises once for each instruction set it is inlined under.
-#define FO_INLINE __attribute__((always_inline)) inline
-
-FO_INLINE float to_float(float v) { return v; }
-
-FO_INLINE float to_float(BFloat16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.x) << 16); }
-
-// Half to float without a branch, so that it vectorises: rebias the exponent by a multiplication (exact, subnormals
-// included), then restore infinities and NaNs.
-FO_INLINE float to_float(Half v) {
-  const uint32_t sign = static_cast<uint32_t>(v.x & 0x8000) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(v.x & 0x7fff) << 13;
-  const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return std::bit_cast<float>(sign | scaled | special);
-}
-
 constexpr int kChunk = 32;  // weights in flight: 16 packed bytes
 
 // The codes of `size` scaled values, two a byte.
@@ -133,7 +118,7 @@ FO_TARGET_AVX512 void quantize_avx512(const Params& p, int64_t begin, int64_t en
 template <class T>
 auto kernel_for(Isa isa) {
 #if defined(FASTOPS_X86)
-  if (isa == Isa::kAvx512) return &quantize_avx512<T>;
+  if (isa >= Isa::kAvx512) return &quantize_avx512<T>;
   if (isa == Isa::kAvx2) return &quantize_avx2<T>;
 #endif
   (void)isa;

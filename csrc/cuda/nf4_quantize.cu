@@ -77,7 +77,10 @@ struct Ranks {
       order[rank] = static_cast<uint8_t>(i);
     }
     __syncthreads();
-    if (i < 15) midpoint[i] = (sorted[i] + sorted[i + 1]) / 2;
+    if (i < 15) {  // beside a NaN: only a NaN lies above
+      const float middle = (sorted[i] + sorted[i + 1]) / 2;
+      midpoint[i] = isnan(middle) ? INFINITY : middle;
+    }
     __syncthreads();
   }
 

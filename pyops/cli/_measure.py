@@ -19,16 +19,18 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values()) / 1e6
 
 
-def perplexity(model: nn.Module, tokens: Tensor, advance: Callable[[], None]) -> float:
-    """exp of the mean negative log-likelihood of tokens [n], in windows; `advance` is called after each window."""
+def perplexity(
+    model: nn.Module, tokens: Tensor, advance: Callable[[], None] = lambda: None, window: int = WINDOW
+) -> float:
+    """exp of the mean negative log-likelihood of tokens [n], in windows; `advance` is called after each of them."""
     total, count = 0.0, 0
     with torch.inference_mode():
-        for window in torch.split(tokens, WINDOW):
-            if len(window) < 2:
+        for piece in torch.split(tokens, window):
+            if len(piece) < 2:
                 continue
-            loss = model(input_ids=window[None], labels=window[None]).loss
-            total += float(loss) * (len(window) - 1)
-            count += len(window) - 1
+            loss = model(input_ids=piece[None], labels=piece[None]).loss
+            total += float(loss) * (len(piece) - 1)
+            count += len(piece) - 1
             advance()
     return math.exp(total / count)
 

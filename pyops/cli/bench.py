@@ -1,4 +1,4 @@
-"""`python -m fastops bench`: measure operators against their floors and peers, and show what was measured.
+"""`python -m fastops bench`: measure operators and methods against their floors and peers, and show the results.
 
 The benches are not part of the package: they lie in the source checkout, beside the kernels they measure.
 """
@@ -22,13 +22,23 @@ PACKAGE = "fastops_bench"  # what bench/ is called once it is imported
 
 
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="Which operators; all of them when none is named.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="Which operators and methods; all of them when none is named.")
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Measure nothing: show the results, write docs/results.md and the plots.")
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Measure nothing: list results older than their kernels; exit 1 if any.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Only cases that have these words of their line: "M=8", "M=8 N=4096", "double_quant". Repeated: the '
+            "cases of each.",
+            show_default=False,
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the time, and nothing is written.")] = False,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; the GPU where there is one.", show_default=False)
@@ -38,9 +48,9 @@ def bench(
 
     The floor of a case is the longer of its bytes over the copy bandwidth and its flops over the matrix peak, both
     measured in the same run. On a GPU each case is timed eagerly and inside a CUDA graph. A kernel whose output is
-    wrong is not timed, and the command exits with 1.
+    wrong is not timed, and the command exits with 1. A method is measured on whole models.
 
-    Results go to bench/results/<device>/<op>.json, floors to bench/peaks/<device>.json.
+    Results go to bench/results/<device>/<op>.json or methods/<method>.json, floors to bench/peaks/<device>.json.
     """
     benches = _load_benches()
     known = benches.page_names()
@@ -55,7 +65,7 @@ def bench(
         _report(ops)
     failed = check and not _check(ops)
     if not report and not check:
-        failed = not _measure(benches, ops or known, where, quick)
+        failed = not _measure(benches, ops or known, where, quick, only or [])
     if failed:
         raise typer.Exit(1)
 
@@ -83,22 +93,24 @@ def _bench_module(name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def _measure(benches: ModuleType, ops: list[str], device: Any, quick: bool) -> bool:
+def _measure(benches: ModuleType, ops: list[str], device: Any, quick: bool, only: list[str]) -> bool:
     """Run the pages of `ops`; whether everything was right."""
-    session = _start(benches, device, quick)
     pages = [benches.page(op) for op in ops]
+    counts = {page.op: sum(benches.matches(case, only) for case in page.cases_on(device)) for page in pages}
+    for op in (op for op, count in counts.items() if not count):
+        say(f"{op}: no case for {device.type}{' with ' if only else ''}{' or '.join(only)}, see --device and --only")
+    if not any(counts.values()):
+        return not only
+    session = _start(benches, device, quick)
     outcomes: list[tuple[str, Any]] = []
     # On the console that `say` prints to, so that lines appear above the bar.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("bench", total=sum(len(page.cases_on(session.device)) for page in pages))
-        for page, outcome in benches.run(pages, session, keep=not quick):
+        task = bar.add_task("bench", total=sum(counts.values()))
+        for page, outcome in benches.run(pages, session, keep=not quick, only=only):
             for line in _bench_module("report").lines(outcome):
                 say(f"{page.op} {line}")
             outcomes.append((page.op, outcome))
             bar.update(task, advance=1, description=page.op)
-    for page in pages:
-        if not page.cases_on(session.device):
-            say(f"{page.op}: no case for {session.device.type}, see --device")
     absent = {f"{op}: {name} absent: {why}" for op, outcome in outcomes for name, why in outcome.absent.items()}
     failures = [f"FAILED {op} {outcome.case} {why}" for op, outcome in outcomes for why in outcome.failures]
     for line in [*sorted(absent), *failures]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import _registry
 from .._checks import dtype_name
-from ..methods import Nf4Linear, quantize_model
+from ..methods import Nf4Linear, accelerate_bitsandbytes, quantize_model
 from . import smollm2
 from ._measure import WINDOW, generate, megabytes, perplexity, tokens_per_second
 from ._terminal import progress, say, show_table
@@ -86,7 +86,7 @@ def demo(
     """Run SmolLM2-135M-Instruct dense and in NF4, and measure both.
 
     Shows the memory of the weights, tokens a second, perplexity on a real text and the generated text: of the dense
-    model, of ours, and of bitsandbytes where it is installed.
+    model, of ours, and, where bitsandbytes is installed, of its layers by its own products and by ours.
     """
     started = time.perf_counter()
     where = chosen_devices(device)[-1]
@@ -140,7 +140,7 @@ def build(model: nn.Module, wanted: list[Variant]) -> dict[str, nn.Module]:
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
-    """The dense model, ours, and bitsandbytes' where it is installed; all compute in the same dtype."""
+    """The dense model, ours, and bitsandbytes' where it is installed, by its own products and by ours; in one dtype."""
     found = [
         Variant(f"dense {dtype_name(dtype)}", None),
         Variant(OURS, lambda m: quantize_model(m, skip=SKIP, blocksize=BLOCKSIZE)),
@@ -152,6 +152,9 @@ def variants(dtype: torch.dtype) -> list[Variant]:
         found += [
             Variant("bitsandbytes NF4", lambda m: bitsandbytes_model(m, dtype, False)),
             Variant("bitsandbytes NF4, double quant.", lambda m: bitsandbytes_model(m, dtype, True)),
+            Variant(
+                "bitsandbytes NF4 on fastops", lambda m: accelerate_bitsandbytes(bitsandbytes_model(m, dtype, False))
+            ),
         ]
     return found
 
@@ -221,12 +224,13 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def which_kernels(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """What runs our two operators on this model, as fastops.explain says."""
+    """What runs our two operators on this model, as fastops.explain says; the product for one token."""
     layer = next(m for m in model.modules() if isinstance(m, Nf4Linear))
-    args, kwargs = layer.dequant_arguments(dtype)
+    dense = layer.dequantize(dtype)
+    args, kwargs = layer.linear_arguments(dense[:1])
     explained = (
-        _registry.explain("nf4_quantize", layer.dequantize(dtype), layer.blocksize),
-        _registry.explain("nf4_dequant", *args, **kwargs),
+        _registry.explain("nf4_quantize", dense, layer.blocksize),
+        _registry.explain("nf4_linear", *args, **kwargs),
     )
     return [f"{e.op}: backend {e.backend} ({e.reason}{', ' + e.config if e.config else ''})" for e in explained]
 

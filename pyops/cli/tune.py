@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -75,16 +76,12 @@ def tune_op(op: Op, device: torch.device) -> list[dict[str, Any]]:
 def _races(op: Op, case: TuningCase) -> Iterator[tuple[str, list[Candidate]]]:
     """(backend, candidates with the default first) for each backend that has a choice."""
     if not triton_missing() and op._triton is not None:
-        page = op.triton_page()
-        space = [page.DEFAULT, *(c for c in page.SPACE if c != page.DEFAULT)]
-        yield "triton", [(c, _triton_call(page, case, c)) for c in space]
+        default, launch = op.triton_member("DEFAULT"), op.triton_member("launch")
+        space = [default, *(c for c in op.triton_member("SPACE") if c != default)]
+        yield "triton", [(c, functools.partial(launch, *case.args, **case.kwargs, config=c)) for c in space]
     if op.cuda_configs and _extension.HAS_CUDA_KERNELS:
         indices = [{"index": i} for i in range(op.cuda_configs)]  # the first one is the default
         yield "cuda", [(c, _cuda_call(op, case, c)) for c in indices]
-
-
-def _triton_call(page: Any, case: TuningCase, config: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: page.launch(*case.args, **case.kwargs, config=config)
 
 
 def _cuda_call(op: Op, case: TuningCase, config: dict[str, Any]) -> Callable[[], Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -15,6 +13,7 @@ import fastops
 
 from .. import _registry
 from .._checks import FLOAT_DTYPES, dtype_name
+from ..reference._truth import Sample, Truth, truth
 from ._terminal import progress, say, show_table
 
 COLUMNS = ("op", "device", "backend", "dtype", "samples", "worst error", "budget", "result")
@@ -102,8 +101,8 @@ def find_cases(ops: list[str], devices: list[torch.device]) -> Iterator[Case]:
 
 def prove(case: Case) -> Verdict:
     """Run a case's samples; the first failure ends it and is named."""
-    reference = importlib.import_module(f"fastops.reference.{_registry.registry[case.op].family}")
-    budget = float(reference.BUDGET)
+    reference = truth(case.op, _registry.registry[case.op].family)
+    budget = float(reference.budget)
     if case.backend == "triton" and case.device.type == "cpu" and case.dtype == torch.bfloat16:
         return Verdict(0, 0.0, budget, INTERPRETER_BF16)
     worst, count = 0.0, 0
@@ -119,7 +118,7 @@ def prove(case: Case) -> Verdict:
     return Verdict(count, worst, budget, "ok")
 
 
-def _error(case: Case, reference: ModuleType, sample: fastops.reference._truth.Sample) -> float:
+def _error(case: Case, reference: Truth, sample: Sample) -> float:
     got = getattr(fastops, case.op)(*sample.args, **sample.kwargs, backend=case.backend)
     return float(reference.error(got, *sample.args, **sample.kwargs))
 

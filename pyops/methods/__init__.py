@@ -1,5 +1,17 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
-from .nf4 import Nf4Linear, quantize_model
+from .nf4 import (
+    Nf4Linear,
+    accelerate_bitsandbytes,
+    bitsandbytes_state_dict,
+    quantize_model,
+    restore_bitsandbytes,
+)
 
-__all__ = ["Nf4Linear", "quantize_model"]
+__all__ = [
+    "Nf4Linear",
+    "accelerate_bitsandbytes",
+    "bitsandbytes_state_dict",
+    "quantize_model",
+    "restore_bitsandbytes",
+]

@@ -1,7 +1,7 @@
 """NF4 weights for any model of nn.Linear layers: 4 bits a weight and one scale a block.
 
-The weight is expanded to the activations' dtype at every call, by nf4_dequant, and multiplied by torch: what a forward
-computes is exactly the dense layer of the dequantised weights.
+Products read the weights in their 4 bits, by fastops.nf4_linear. For models whose layers are bitsandbytes' already,
+accelerate_bitsandbytes does the same without replacing them.
 
 Source: QLoRA, arXiv:2305.14314, section 3.
 """
@@ -11,139 +11,44 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .._checks import check_float_dtype
-from ..ops.nf4_dequant import check_blocksize, nf4_dequant
-from ..ops.nf4_quantize import ABSMAX_BLOCKSIZE, nf4_quantize
+from ..ops.nf4_dequant import check_blocksize
+from ._accelerate import accelerate_bitsandbytes, restore_bitsandbytes
+from ._bitsandbytes import to_entries
+from ._nf4_linear import BUFFERS, Nf4Linear
 
-DQ_BUFFERS = ("absmax_code", "absmax_scale", "absmax_offset")
+__all__ = [
+    "Nf4Linear",
+    "accelerate_bitsandbytes",
+    "bitsandbytes_state_dict",
+    "quantize_model",
+    "restore_bitsandbytes",
+]
 
 
-class Nf4Linear(nn.Module):
-    """A linear layer whose weight is stored in NF4: y = x @ nf4_dequant(packed).T + bias.
+def bitsandbytes_state_dict(model: nn.Module) -> dict[str, Any]:
+    """model.state_dict() with the Nf4Linear layers as bitsandbytes writes its 4-bit layers; nothing is copied.
 
-    The weight is a constant: gradients flow to x and to the bias. A new layer has a zero weight until a state dict is
-    loaded; `from_linear` makes one from a dense layer.
+    The entries of such a layer are weight, weight.absmax, weight.quant_map, weight.nested_absmax,
+    weight.nested_quant_map and weight.quant_state.bitsandbytes__nf4 (or __fp4): what transformers reads for a model
+    with a BitsAndBytesConfig, and what Nf4Linear loads. bitsandbytes is not needed. The tensors may be saved with
+    safetensors.
 
-    Args:
-        in_features: size of the last dimension of x.
-        out_features: size of the last dimension of y.
-        bias: whether there is one.
-        blocksize: weights a block, a power of two from 32 to 4096.
-        double_quant: whether the scales are themselves stored in 8 bits.
-        device: of every tensor.
-        dtype: of the bias; scales are always fp32, and a call computes in the dtype of x.
+    Raises:
+        ValueError: a layer's code table is neither NF4's nor FP4's.
     """
-
-    packed: Tensor
-    absmax: Tensor
-    absmax_code: Tensor | None
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        blocksize: int = 64,
-        double_quant: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_blocksize("Nf4Linear", "blocksize", blocksize)
-        self.in_features, self.out_features = in_features, out_features
-        self.blocksize, self.double_quant = blocksize, double_quant
-        n = in_features * out_features
-        blocks = -(-n // blocksize)
-        self.register_buffer("packed", torch.zeros(-(-n // 2), dtype=torch.uint8, device=device))
-        scale_dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("absmax", torch.zeros(blocks, dtype=scale_dtype, device=device))
-        sizes = ((256,), (-(-blocks // ABSMAX_BLOCKSIZE),), ())
-        for name, size in zip(DQ_BUFFERS, sizes, strict=True):
-            self.register_buffer(name, torch.zeros(size, device=device) if double_quant else None)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = False) -> Nf4Linear:
-        """Quantise a dense layer's weight, on the device where it is; the bias is kept, not copied.
-
-        Raises:
-            TypeError: `linear` is not an nn.Linear.
-            ValueError: its weight is on the meta device, so there is nothing to quantise.
-            RuntimeError: from nf4_quantize, for a blocksize or a weight dtype it does not take.
-        """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"Nf4Linear.from_linear: linear must be an nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight.detach()
-        if weight.is_meta:
-            raise ValueError("Nf4Linear.from_linear: linear's weight must hold values, got one on the meta device")
-        # Quantised first: a bad argument raises before a layer is built, and the new layer's buffers are these.
-        if double_quant:
-            packed, absmax, dq = nf4_quantize(weight, blocksize, double_quant=True)
-        else:
-            packed, absmax = nf4_quantize(weight, blocksize)
-            dq = {}
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            blocksize=blocksize,
-            double_quant=double_quant,
-            device="meta",
-        )
-        layer.packed, layer.absmax = packed, absmax
-        for name in DQ_BUFFERS if double_quant else ():
-            setattr(layer, name, dq[name])
-        layer.bias = linear.bias
-        return layer.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features], in the dtype of x."""
-        if x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"Nf4Linear: x must have {self.in_features} features in its last dimension, got {list(x.shape)}"
-            )
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize(x.dtype), bias)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight [out_features, in_features] that a call with this dtype multiplies by."""
-        args, kwargs = self.dequant_arguments(dtype)
-        return nf4_dequant(*args, **kwargs)
-
-    def dequant_arguments(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of nf4_dequant for this layer: `fastops.explain("nf4_dequant", *args, **kwargs)` takes them."""
-        kwargs: dict[str, Any] = {}
-        if self.double_quant:
-            kwargs = {name: getattr(self, name) for name in DQ_BUFFERS} | {"absmax_blocksize": ABSMAX_BLOCKSIZE}
-        return (self.packed, self.absmax, [self.out_features, self.in_features], dtype, self.blocksize), kwargs
-
-    def memory_bytes(self) -> int:
-        """Bytes this layer holds: packed weights, scales and bias."""
-        return sum(t.numel() * t.element_size() for t in (*self.buffers(), *self.parameters()))
-
-    def extra_repr(self) -> str:
-        """What print(model) shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"blocksize={self.blocksize}, double_quant={self.double_quant}"
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
-        """Move the scales where `fn` moves them but never round them: model.half() must not touch the weights."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+    state: dict[str, Any] = dict(model.state_dict())
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, Nf4Linear):
+            prefix = f"{name}." if name else ""
+            for buffer in BUFFERS:
+                state.pop(prefix + buffer, None)
+            shape = (layer.out_features, layer.in_features)
+            entries = to_entries("bitsandbytes_state_dict", layer._weight(), shape, layer.weight_dtype)
+            state |= {prefix + entry: tensor for entry, tensor in entries.items()}
+    return state
 
 
 def quantize_model(

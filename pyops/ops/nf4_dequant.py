@@ -183,7 +183,7 @@ OP = Op(
     triton="nf4_dequant",
     describe=_describe,
     tuning=_tuning,
-    cuda_configs=8,  # kConfigs of csrc/cuda/nf4_dequant.cu
+    cuda_configs=8,  # kConfigs of csrc/common/nf4_dequant.cuh
     cuda_key=lambda key: 2 * getattr(torch, key["dtype"]).itemsize + key["double_quant"],
 )
 

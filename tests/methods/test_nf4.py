@@ -3,11 +3,13 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
 import fastops
 from fastops.methods import Nf4Linear, quantize_model
+from fastops.reference import nf4_gemv as reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -44,7 +46,11 @@ def dense_copy(layer, dtype):
 def test_forward_is_the_dense_layer_of_the_dequantised_weights(device, dtype, shape, bias, blocksize, double_quant):
     layer = Nf4Linear.from_linear(linear(*shape, bias=bias).to(device), blocksize, double_quant)
     x = torch.randn(2, 3, shape[0]).to(device, dtype)
-    assert torch.equal(layer(x), F.linear(x, *dense_copy(layer, dtype)))
+    y = layer(x)
+    assert y.dtype == dtype
+    args, kwargs = layer.linear_arguments(x)
+    assert reference.error(y.detach(), *args, **kwargs) <= reference.BUDGET
+    assert torch.equal(y, fastops.nf4_linear(*args, **kwargs))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -69,6 +75,71 @@ def test_gradient_flows_to_the_input_and_the_bias_but_not_to_the_weight():
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_no_grad_and_grad_agree_and_nothing_is_kept_without_one(double_quant, bias_dtype):
+    layer = Nf4Linear.from_linear(linear(), double_quant=double_quant)
+    layer.bias.data = layer.bias.data.to(bias_dtype)
+    x = torch.randn(4, 96)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.grad_fn is None
+    assert torch.equal(layer(x), y)
+    layer.bias.requires_grad_(False)
+    assert layer(x).grad_fn is None
+    x.requires_grad_()
+    layer(x).sum().backward()
+    dense, _ = dense_copy(layer, torch.float32)
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(4, -1))
+
+
+def test_a_bias_of_another_dtype_trains_in_its_own():
+    layer = Nf4Linear.from_linear(linear())
+    layer.bias.data = layer.bias.data.to(torch.bfloat16)
+    layer(torch.randn(4, 96)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((40,), 4.0, dtype=torch.bfloat16))
+
+
+def test_autocast_computes_as_for_a_dense_layer():
+    layer, x = Nf4Linear.from_linear(linear()), torch.randn(4, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, layer(x.bfloat16()))
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_compute_dtype_is_the_products_and_x_keeps_its_own():
+    layer, x = Nf4Linear.from_linear(linear()), torch.randn(4, 96, requires_grad=True)
+    want = layer(x.bfloat16()).float()
+    layer.compute_dtype = torch.bfloat16
+    assert torch.equal(layer(x), want)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(layer(x), want)
+    layer(x).sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert layer.bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_code_of_ones_own(double_quant):
+    code = torch.linspace(-1, 1, 16)
+    layer = Nf4Linear.from_linear(linear(), double_quant=double_quant, code=code)
+    code.zero_()  # it was copied
+    w = layer.dequantize(torch.float32)
+    x = torch.randn(5, 96)
+    torch.testing.assert_close(layer(x), F.linear(x, w, layer.bias))
+    steps = (w.reshape(-1, 64) / w.reshape(-1, 64).abs().amax(1, keepdim=True) + 1) * 7.5
+    assert double_quant or (steps - steps.round()).abs().max() < 1e-5
+    fresh = Nf4Linear(96, 40, double_quant=double_quant, code=torch.zeros(16))
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+    assert "code=[16]" in repr(layer)
+    assert layer.half().code.dtype == torch.float32
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*code"):
+        Nf4Linear(96, 40, double_quant=double_quant).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_round_trip(double_quant, assign):
     layer = Nf4Linear.from_linear(linear(), double_quant=double_quant)
@@ -77,6 +148,31 @@ def test_state_dict_round_trip(double_quant, assign):
     assert torch.equal(fresh(x), torch.zeros(3, 40))
     fresh.load_state_dict(layer.state_dict(), assign=assign)
     assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_safetensors_round_trip(double_quant, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    net = quantize_model(model(), double_quant=double_quant)
+    safetensors.save_model(net, str(tmp_path / "net.safetensors"))
+    again = quantize_model(model(), double_quant=double_quant)
+    for buffer in again.buffers():
+        buffer.zero_()
+    safetensors.load_model(again, str(tmp_path / "net.safetensors"))
+    assert again["tail"]["first"] is again["tail"]["second"]
+    for (name, got), (_, want) in zip(again.state_dict().items(), net.state_dict().items(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def test_dense_again():
+    layer = Nf4Linear.from_linear(linear(dtype=torch.bfloat16).eval())
+    dense = layer.to_linear()
+    assert dense.weight.dtype == torch.bfloat16
+    assert torch.equal(dense.weight, layer.dequantize(torch.bfloat16))
+    assert dense.bias is layer.bias
+    assert not dense.training
+    assert layer.to_linear(torch.float32).weight.dtype == torch.float32
+    assert Nf4Linear(96, 40, bias=False).to_linear().bias is None
 
 
 def test_state_dict_of_another_kind_is_refused():
@@ -128,11 +224,32 @@ def test_memory_and_repr():
     assert repr(double) == ("Nf4Linear(in_features=256, out_features=128, bias=False, blocksize=64, double_quant=True)")
 
 
-def test_compiles_without_a_break():
-    layer = Nf4Linear.from_linear(linear(), double_quant=True)
-    x = torch.randn(3, 96)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), layer(x))
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_model_compiles_without_a_break(train, autocast):
+    torch._dynamo.reset()
+    net = quantize_model(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32, bias=False)), double_quant=True)
+    net.requires_grad_(train)
+    x = torch.randn(3, 64, requires_grad=train)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, want = compiled(x), net(x)
+    torch.testing.assert_close(got, want)
+    assert got.dtype == (torch.bfloat16 if autocast else torch.float32)
+    if train:
+        found, wanted = (torch.autograd.grad(y.float().square().sum(), x)[0] for y in (got, want))
+        torch.testing.assert_close(found, wanted)
+
+
+def test_another_batch_size_compiles_at_most_once_more():
+    torch._dynamo.reset()
+    net = quantize_model(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32)))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for rows in (2, 3, 4, 7):
+            assert torch.equal(compiled(torch.ones(rows, 64)), net(torch.ones(rows, 64)))
+    assert counter.frame_count <= 2
 
 
 def test_mode_device_and_bias_are_the_dense_layers():
@@ -185,11 +302,9 @@ def test_a_quantised_model_computes_as_its_dense_copy():
     quantize_model(net, blocksize=32, double_quant=True)
     dense = copy.deepcopy(net)
     for i in (0, 2):
-        weight, bias = dense_copy(net[i], torch.float32)
-        dense[i] = nn.Linear(weight.shape[1], weight.shape[0])
-        dense[i].load_state_dict({"weight": weight, "bias": bias})
+        dense[i] = net[i].to_linear()
     x = torch.randn(7, 64)
-    assert torch.equal(net(x), dense(x))
+    torch.testing.assert_close(net(x), dense(x))
 
 
 def test_errors_of_a_layer():
@@ -206,8 +321,16 @@ def test_errors_of_a_layer():
     layer = Nf4Linear.from_linear(linear())
     with pytest.raises(RuntimeError, match=r"x must have 96 features in its last dimension, got \[2, 95\]"):
         layer(torch.randn(2, 95))
-    with pytest.raises(RuntimeError, match="dtype must be float32, float16 or bfloat16, got float64"):
+    with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16, got float64"):
         layer(torch.randn(2, 96, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="compute_dtype must be float32, float16 or bfloat16, got float64"):
+        Nf4Linear(96, 40, compute_dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="absmax_blocksize must be a power of two from 32 to 4096, got 3"):
+        Nf4Linear(96, 40, absmax_blocksize=3)
+    with pytest.raises(RuntimeError, match="code must have 16 elements, got 15"):
+        Nf4Linear.from_linear(linear(), code=torch.zeros(15))
+    with pytest.raises(RuntimeError, match="code must be float32, got float16"):
+        Nf4Linear(96, 40, code=torch.zeros(16, dtype=torch.float16))
 
 
 def test_errors_of_a_model_change_nothing():
