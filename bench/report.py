@@ -160,19 +160,30 @@ def write_docs(ops: Sequence[str] | None = None) -> list[Path]:
     page = DOCS / "results.md"
     page.write_text("\n\n".join([_HEADER, *map(_section, tables())]) + "\n")
     readme = records.ROOT / "README.md"
-    readme.write_text(_README_BLOCK.sub(lambda match: match[1] + readme_tables() + match[2], readme.read_text()))
-    return [*drawn, page, readme]
+    _fill(readme, "results", short_tables())
+    methods = {DOCS / f"{method}.md": (method, short_tables(ops)) for method, ops in METHOD_OPS.items()}
+    for path, (method, text) in methods.items():
+        _fill(path, method, text)
+    return [*drawn, page, readme, *methods]
 
 
-_README_BLOCK = re.compile(r"(<!-- begin: results -->\n).*?(<!-- end: results -->)", re.DOTALL)
+# Whose tables the page of a method shows, its own among them.
+METHOD_OPS = {"nf4": ("nf4_linear", "nf4_linear_dx", "nf4")}
 
 
-def readme_tables() -> str:
-    """A short table a device and op, bf16 at the usual blocksize, and what was found of whole models."""
+def _fill(path: Path, block: str, text: str) -> None:
+    """Replace what stands between the marks of a block."""
+    pattern = rf"(<!-- begin: {block} -->\n).*?(<!-- end: {block} -->)"
+    path.write_text(re.sub(pattern, lambda match: match[1] + text + match[2], path.read_text(), flags=re.DOTALL))
+
+
+def short_tables(ops: Sequence[str] | None = None) -> str:
+    """A short table a device and op (of `ops`, or of all): bf16 at the usual blocksize, and what was found of whole models."""
     parts = []
     for device, by_op in sorted(records.all_results().items(), reverse=True):
         for op, found in by_op.items():
-            parts += _short_table(op, device, found, by_op)
+            if ops is None or op in ops:
+                parts += _short_table(op, device, found, by_op)
     return "\n".join(parts)
 
 

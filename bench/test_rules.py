@@ -229,7 +229,7 @@ def test_a_method_has_figures(results: Path) -> None:
     (table,) = report.tables()
     assert len({*map(len, table.rows), len(table.columns)}) == 1
     assert table.title == "nf4 on cpu"
-    assert "speedup vs bitsandbytes" in report.readme_tables()
+    assert "speedup vs bitsandbytes" in report.short_tables()
     (line,) = report.lines(harness.Outcome(bench_nf4.CASES[0], [method_record(bench_nf4.CASES[0])]))
     assert "ms_per_token 20," in line
 
@@ -243,7 +243,7 @@ def test_products_are_shown_by_rows(results: Path) -> None:
 
     save(bench_nf4_gemv.GEMV, 1, cuda=2.0, triton=3.0)
     save(bench_nf4_gemv.LINEAR, 2, cuda=3.0, triton=2.5)
-    text = report.readme_tables()
+    text = report.short_tables()
     assert "| matrix | M = 1 | M = 2 |" in text
     assert "| 64 × 256 | 2 (1.50, –) | 2.5 (2.40, –) |" in text
     by_op = records.all_results()["cpu"]
@@ -266,4 +266,4 @@ def test_products_are_shown_by_rows(results: Path) -> None:
 
 def test_the_readme_holds_the_committed_results() -> None:
     text = (records.ROOT / "README.md").read_text()
-    assert report.readme_tables() in text, "run: python -m fastops bench --report"
+    assert report.short_tables() in text, "run: python -m fastops bench --report"

@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled(request):
+    """Tests that compile share code objects, and torch.compile keeps only so many variants of one."""
+    yield
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def poison():
     """Uninitialised memory is NaN."""

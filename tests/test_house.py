@@ -59,8 +59,8 @@ def test_the_reference_page_is_whole(op):
 @pytest.mark.parametrize("op", [name for name, op in _registry.registry.items() if op.cuda_configs])
 def test_every_cuda_configuration_can_be_tuned(op):
     """Python's count and the kernel's list of configurations agree."""
-    files = (ROOT / f"csrc/cuda/{FAMILY[op]}.cu", ROOT / f"csrc/common/{FAMILY[op]}.cuh")  # shared kernels lie in common
-    source = "".join(file.read_text() for file in files if file.is_file())
+    places = (f"csrc/cuda/{FAMILY[op]}.cu", f"csrc/common/{FAMILY[op]}.cuh")  # kernels that ops share lie in common
+    source = "".join((ROOT / place).read_text() for place in places if (ROOT / place).is_file())
     listed = re.search(r"kConfigs\[\] = \{(.*?)\};", source, flags=re.S)[1]
     assert listed.count("{") == _registry.registry[op].cuda_configs
 
