@@ -178,7 +178,7 @@ def _fill(path: Path, block: str, text: str) -> None:
 
 
 def short_tables(ops: Sequence[str] | None = None) -> str:
-    """A short table a device and op (of `ops`, or of all): bf16 at the usual blocksize, and what was found of whole models."""
+    """A short table a device and op, of `ops` or of all: bf16, the usual blocksize; and what whole models gave."""
     parts = []
     for device, by_op in sorted(records.all_results().items(), reverse=True):
         for op, found in by_op.items():
