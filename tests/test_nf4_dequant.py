@@ -299,9 +299,11 @@ def test_large_results_are_reused_and_never_shared():
     assert len({t.data_ptr() for t in others} | {address}) == 4
     assert not torch.equal(others[0], others[1])
     del view
-    again = fastops.nf4_dequant(*args)
-    assert again.data_ptr() == address
-    assert torch.equal(again, kept)
+    taken = []  # other tests may have left results of this size in the pool, at most 64
+    while address not in {t.data_ptr() for t in taken} and len(taken) < 65:
+        taken.append(fastops.nf4_dequant(*args))
+    assert taken[-1].data_ptr() == address
+    assert all(torch.equal(again, kept) for again in taken)
 
 
 @needs_pool
