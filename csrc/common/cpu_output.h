@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -56,16 +57,21 @@ class HostPool {
     return block;
   }
 
+  // The last block freed is the likeliest to be wanted again: the largest others make room for it.
   void give_back(void* block, size_t capacity) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (kept_ + capacity <= kKeepBytes) {
-        free_.emplace(capacity, block);
-        kept_ += capacity;
-        return;
-      }
+    if (capacity > kKeepBytes) {
+      munmap(block, capacity);
+      return;
     }
-    munmap(block, capacity);
+    const std::lock_guard lock(mutex_);
+    while (kept_ + capacity > kKeepBytes) {
+      const auto largest = std::prev(free_.end());
+      munmap(largest->second, largest->first);
+      kept_ -= largest->first;
+      free_.erase(largest);
+    }
+    free_.emplace(capacity, block);
+    kept_ += capacity;
   }
 
  private:
