@@ -34,7 +34,7 @@ def poison():
         yield
 
 
-@pytest.fixture(params=["avx512", "avx2", "scalar"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "scalar"])
 def cpu_isa(request):
     """Every instruction set of the CPU kernels that this machine has."""
     extension = fastops._extension.C

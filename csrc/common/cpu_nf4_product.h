@@ -20,9 +20,11 @@ constexpr int kLanes = V::kLanes, kUnits = V::kUnits;
 constexpr int kWidth = 2 * kLanes;                // of a tile and of the micro-kernel, in floats
 constexpr int kGroup = 8 * kLanes;                // weights in a vector of words
 constexpr int64_t kPair = kDxRows * kWidth + 32;  // floats of one, and some that keep them in different cache sets
-constexpr int kPairs = 8;                         // tiles side by side in a strip of dx: two vectors of words
-constexpr int kPrefetch = 1024;                   // floats of x ahead
-constexpr int kTile = kWidth * kLanes * kUnits;   // floats
+constexpr int64_t kAhead = 32;                    // rows of W ahead that dx fetches
+constexpr int64_t kOnes = kDxRows / kMinChain * kWidth;  // scales of the segments of a tile of dx
+constexpr int kPairs = 8;                                // tiles side by side in a strip of dx: two vectors of words
+constexpr int kPrefetch = 1024;                          // floats of x ahead
+constexpr int kTile = kWidth * kLanes * kUnits;          // floats of a tile of linear
 
 FO_KERNEL FO_INLINE float block_scale(const nf4::ScalesView& s, float factor, int64_t block) {
   if (!s.absmax_code) return static_cast<const float*>(s.absmax)[block] * factor;
@@ -44,16 +46,6 @@ FO_KERNEL void decode_scales(const Job& job, int64_t first, int64_t step, int64_
     for (int64_t i = 0; i < count; ++i) to[i] = absmax[i] * factor;
   } else {
     for (int64_t i = 0; i < count; ++i) to[i * stride] = absmax[i] * factor;
-  }
-}
-
-// `count` weights from the flat index `first` on, one by one: for matrices whose rows start anywhere.
-FO_KERNEL void decode_weights(const Job& job, int64_t first, int64_t count, float* out) {
-  const int shift = job.scales.block_shift;
-  for (int64_t i = first, last = first + count; i < last;) {
-    const int64_t end = std::min(last, ((i >> shift) + 1) << shift);
-    const float scale = block_scale(job.scales, job.scale_factor, i >> shift);
-    for (; i < end; ++i) *out++ = job.code[job.packed[i / 2] >> (i & 1 ? 0 : 4) & 15] * scale;
   }
 }
 
@@ -187,7 +179,7 @@ FO_KERNEL void dot_some(const Job& job, int64_t begin, int64_t end, float* scrat
 // Outputs `begin` ... `end` - 1 of every row.
 template <class T>
 FO_KERNEL void dot_rows(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  static_assert(kDotRows == 4);
+  static_assert(kDotRows == 4, "one line for each number of rows");
   if (job.rows == 1) dot_some<T, 1>(job, begin, end, scratch);
   if (job.rows == 2) dot_some<T, 2>(job, begin, end, scratch);
   if (job.rows == 3) dot_some<T, 3>(job, begin, end, scratch);
@@ -219,18 +211,18 @@ FO_KERNEL void pack_block(const Job& job, const T* x, int64_t size, int64_t chun
 // c[m][kWidth] += sum over segments of scale[segment] * sum over its units of tile[unit] * x[unit][m], for kM
 // rows m. The outer sums stay in registers where kM is at most V::kRows.
 template <int kM>
-FO_KERNEL void micro(const float* tile, const float* x, int64_t segments, int64_t units, const float* scale, float* c) {
+FO_KERNEL void micro(const float* tile, const float* x, int64_t units, int64_t segment, const float* scale, float* c) {
   V::F out[kM][2];
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) {
     out[m][0] = V::load(c + m * kWidth);
     out[m][1] = V::load(c + m * kWidth + kLanes);
   }
-  for (int64_t segment = 0; segment < segments; ++segment, scale += kWidth) {
+  for (; units > 0; units -= segment, scale += kWidth) {
     V::F sums[kM][2];
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) sums[m][0] = sums[m][1] = V::zero();
-    for (int64_t u = 0; u < units; ++u, tile += kWidth, x += kM) {
+    for (int64_t u = std::min(units, segment); u > 0; --u, tile += kWidth, x += kM) {
       const V::F w0 = V::load(tile), w1 = V::load(tile + kLanes);
       __builtin_prefetch(x + kPrefetch);
 #pragma GCC unroll 16
@@ -288,13 +280,64 @@ FO_KERNEL void expand_columns(const Job& job, const uint8_t* const* rows, int64_
   }
 }
 
-// The same for a matrix whose rows start anywhere. The weights are scaled.
+// A pointer to the scales of the block of weight `first` and of those after it, kLanes in all, of which `count` weights
+// need some: where they lie, or else copies in `scratch`.
+FO_KERNEL FO_INLINE const float* some_scales(const Job& job, int64_t first, int64_t count, float (&scratch)[kLanes]) {
+  const int shift = job.scales.block_shift;
+  const int64_t block = first >> shift;
+  if (!job.scales.absmax_code && block + kLanes <= job.n_blocks && job.scale_factor == 1.0f) {
+    return static_cast<const float*>(job.scales.absmax) + block;
+  }
+  decode_scales(job, first, int64_t{1} << shift, ((first + count - 1) >> shift) - block + 1, scratch, 1);
+  return scratch;
+}
+
+// The words of `count` weights, at most kGroup, from any flat index on; zeros beyond.
+FO_KERNEL FO_INLINE V::W any_words(const Job& job, int64_t first, int64_t count) {
+  const uint8_t* from = job.packed + first / 2;
+  uint8_t some[kGroup / 2 + 1] = {};
+  if (count < kGroup) {
+    std::memcpy(some, from, static_cast<size_t>((count + (first & 1) + 1) / 2));
+    from = some;
+  }
+  const V::W words = V::load_words(from);
+  return first & 1 ? V::skip_code(words, V::load_words(from + 1)) : words;
+}
+
+// Scaled weights: unit i of the words to to[(i / 2) * pair + i % 2 * kLanes]. `rest`: of the weights of the first
+// block, those before the first word. kWhole: no word lies in two blocks. Units beyond `count` weights are zeros.
+template <bool kWhole, int kUnit = 0>
+FO_KERNEL FO_INLINE void decode_scaled(const V::Table& table, V::W words, const float* scales, int64_t rest, int shift,
+                                       int64_t count, float* to, int64_t pair) {
+  const V::F scale = V::pick(scales, V::word_blocks(kWhole ? rest : rest + (kUnit ^ 1), shift));
+  V::F w = V::mul(V::template look_up<kUnit>(table, words), scale);
+  if (count < kGroup) w = V::first(w, static_cast<int>((count + 7 - (kUnit ^ 1)) / 8));
+  V::store(to + kUnit / 2 * pair + kUnit % 2 * kLanes, w);
+  if constexpr (kUnit + 1 < kUnits) {
+    decode_scaled<kWhole, kUnit + 1>(table, words, scales, rest, shift, count, to, pair);
+  }
+}
+
+// expand_columns for a matrix whose rows start anywhere: of `columns` weights of each row, and they are scaled.
 FO_KERNEL void expand_any_columns(const Job& job, int64_t n0, int64_t k0, int64_t columns, float* tile) {
-  std::memset(tile, 0, sizeof(float) * kTile);
-  for (int64_t row = 0; row < std::min<int64_t>(kWidth, job.n - n0); ++row) {
-    float weights[kGroup];
-    decode_weights(job, (n0 + row) * job.k + k0, columns, weights);
-    for (int64_t k = 0; k < columns; ++k) tile[(k ^ 1) * kWidth + row] = weights[k];
+  const V::Table table = V::table(job.code);
+  const int shift = job.scales.block_shift;
+  for (int half = 0; half < kWidth; half += kLanes) {
+    float scaled[kLanes][kUnits * kLanes];  // [row][unit][word]
+    for (int row = 0; row < kLanes; ++row) {
+      const int64_t first = std::min(n0 + half + row, job.n - 1) * job.k + k0;
+      float scratch[kLanes] = {};
+      decode_scaled<false>(table, any_words(job, first, columns), some_scales(job, first, columns, scratch),
+                           first & ((int64_t{1} << shift) - 1), shift, columns, scaled[row], 2 * kLanes);
+    }
+    for (int unit = 0; unit < kUnits; ++unit) {
+      V::W by_word[kLanes];
+      for (int row = 0; row < kLanes; ++row) by_word[row] = V::load_words(&scaled[row][unit * kLanes]);
+      V::transpose(by_word);
+      for (int word = 0; word < ceil_div(columns, 8); ++word) {
+        V::store_words(tile + (word * kUnits + unit) * kWidth + half, by_word[word]);
+      }
+    }
   }
 }
 
@@ -416,12 +459,12 @@ FO_KERNEL void linear_strip(const Job& job, int64_t n0, int64_t first, int64_t l
     strip_rows(job, n0, rows);
     strip_scales(job, n0, scales);
   } else {
-    for (int i = 0; i < kWidth; ++i) scales[i] = 1.0f;
+    std::fill_n(scales, kGroup / kMinChain * kWidth, 1.0f);
   }
+  const int64_t segment = job.segment ? job.segment / 8 * kUnits : chain(job.k);
   const float* x = job.x;
   for (int64_t k0 = 0; k0 < job.k; k0 += kGroup) {
     const int64_t columns = std::min<int64_t>(kGroup, job.k - k0), units = ceil_div(columns, 8) * kUnits;
-    const int64_t segments = job.segment ? columns / job.segment : 1, segment_units = units / segments;
     if (job.segment) {
       for (int i = 0; i < kWidth; ++i) __builtin_prefetch(rows[i] + (k0 + kWidth * job.k) / 2, 0, 2);
       expand_columns(job, rows, k0, static_cast<int>(columns / 8), tile);
@@ -431,50 +474,26 @@ FO_KERNEL void linear_strip(const Job& job, int64_t n0, int64_t first, int64_t l
     const float* chunk_scales = job.segment ? scales + k0 / job.segment * kWidth : scales;
     for (int64_t g = first; g < last; ++g) {
       const int64_t m = groups.start(g), count = groups.start(g + 1) - m;
-      kMicro[count - 1](tile, x + m * units, segments, segment_units, chunk_scales, sums + (m - m_first) * kWidth);
+      kMicro[count - 1](tile, x + m * units, units, segment, chunk_scales, sums + (m - m_first) * kWidth);
     }
     x += units * job.rows;
   }
   store_strip<T>(job, n0, m_first, m_last, sums);
 }
 
-// A vector of words of a row of W as scaled weights: unit i to tile + (i / 2) * kDxTile + (i % 2) * kLanes.
-template <int kUnit = 0>
-FO_KERNEL FO_INLINE void decode_row(const V::Table& table, V::W words, V::F scale, float* tile) {
-  V::store(tile + kUnit / 2 * kPair + kUnit % 2 * kLanes, V::mul(V::template look_up<kUnit>(table, words), scale));
-  if constexpr (kUnit + 1 < kUnits) decode_row<kUnit + 1>(table, words, scale, tile);
-}
-
-// kGroup columns (or the `columns` that are left) from k0 on of rows n0 ... n0 + rows - 1.
+// `columns` (at most kGroup) columns from k0 on of `rows` rows of W, scaled: units 2 p and 2 p + 1 to the tile p.
+template <bool kWhole>
 FO_KERNEL void expand_rows(const Job& job, int64_t n0, int64_t rows, int64_t k0, int64_t columns, float* tile) {
-  const int shift = job.scales.block_shift;
-  const int64_t in_block = (int64_t{1} << shift) - 1;
   const V::Table table = V::table(job.code);
+  const int shift = job.scales.block_shift;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
-    const int64_t at = (n0 + row) * job.k + k0, first = at >> shift, last = (at + columns - 1) >> shift;
-    float some[kLanes] = {};
-    const float* scales = some;
-    if (!job.scales.absmax_code && first + kLanes <= job.n_blocks) {
-      scales = static_cast<const float*>(job.scales.absmax) + first;
-    } else {
-      decode_scales(job, at, in_block + 1, last - first + 1, some, 1);
-    }
-    const V::W words = columns == kGroup ? V::load_words(job.packed + at / 2)
-                                         : V::load_words(job.packed + at / 2, static_cast<int>(columns / 8));
-    decode_row(table, words, V::pick(scales, V::word_blocks(at & in_block, shift)), tile);
-    __builtin_prefetch(job.packed + (at + kDxRows * job.k) / 2);
-  }
-}
-
-// The same for a matrix whose rows start anywhere.
-FO_KERNEL void expand_any_rows(const Job& job, int64_t n0, int64_t rows, int64_t k0, int64_t columns, float* tile) {
-  for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
-    float weights[kGroup];
-    decode_weights(job, (n0 + row) * job.k + k0, columns, weights);
-    for (int64_t k = 0; k < columns; ++k) {
-      const int64_t i = (k % 8) ^ 1;
-      tile[i / 2 * kPair + i % 2 * kLanes + k / 8] = weights[k];
-    }
+    const int64_t first = (n0 + row) * job.k + k0, ahead = first + kAhead * job.k;
+    float scratch[kLanes] = {};
+    decode_scaled<kWhole>(table, any_words(job, first, columns), some_scales(job, first, columns, scratch),
+                          first & ((int64_t{1} << shift) - 1), shift, columns, tile, kPair);
+    __builtin_prefetch(job.packed + ahead / 2, 0, 2);
+    const int64_t scale_bytes = job.scales.absmax_code ? 1 : 4;
+    __builtin_prefetch(static_cast<const uint8_t*>(job.scales.absmax) + (ahead >> shift) * scale_bytes, 0, 2);
   }
 }
 
@@ -484,21 +503,22 @@ FO_KERNEL void dx_strip(const Job& job, int64_t k0, int64_t first, int64_t last,
   const RowGroups groups(job.rows, job.most);
   const int64_t m_first = groups.start(first), m_last = groups.start(last);
   const int64_t columns = std::min<int64_t>(2 * kGroup, job.k - k0);
-  float *tile = scratch, *ones = tile + kPairs * kPair, *sums = ones + kWidth;
-  std::memset(scratch, 0, sizeof(float) * static_cast<size_t>(kPairs * kPair));  // what no column fills
+  float *tile = scratch, *ones = tile + kPairs * kPair, *sums = ones + kOnes;
+  if (columns < 2 * kGroup) std::memset(tile, 0, sizeof(float) * static_cast<size_t>(kPairs * kPair));
   std::memset(sums, 0, sizeof(float) * static_cast<size_t>((m_last - m_first) * kPairs * kWidth));
-  for (int i = 0; i < kWidth; ++i) ones[i] = 1.0f;
+  std::fill_n(ones, kOnes, 1.0f);
   for (int64_t n0 = 0; n0 < job.n; n0 += kDxRows) {
     const int64_t rows = std::min<int64_t>(kDxRows, job.n - n0);
     for (int64_t k = 0; k < columns; k += kGroup) {
       const int64_t some = std::min<int64_t>(kGroup, columns - k);
       float* to = tile + k / kGroup * (kPairs / 2) * kPair;
-      job.segment ? expand_rows(job, n0, rows, k0 + k, some, to) : expand_any_rows(job, n0, rows, k0 + k, some, to);
+      job.segment ? expand_rows<true>(job, n0, rows, k0 + k, some, to)
+                  : expand_rows<false>(job, n0, rows, k0 + k, some, to);
     }
     for (int pair = 0; pair < kPairs; ++pair) {
       for (int64_t g = first; g < last; ++g) {
         const int64_t m = groups.start(g), count = groups.start(g + 1) - m;
-        kMicro[count - 1](tile + pair * kPair, job.x + n0 * job.rows + m * rows, 1, rows, ones,
+        kMicro[count - 1](tile + pair * kPair, job.x + n0 * job.rows + m * rows, rows, chain(job.n), ones,
                           sums + (pair * (m_last - m_first) + m - m_first) * kWidth);
       }
     }
@@ -515,7 +535,7 @@ FO_KERNEL void dx_strip(const Job& job, int64_t k0, int64_t first, int64_t last,
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  Kernels<T> all{kLanes, kUnits, V::kRows, V::kStream, kTile, kPairs * kPair + kWidth};
+  Kernels<T> all{kLanes, kUnits, V::kRows, V::kStream, kTile, kPairs * kPair + kOnes};
   all.pack_dot = &pack_dot<T>;
   all.dot_rows = &dot_rows<T>;
   all.pack_block = &pack_block<T>;

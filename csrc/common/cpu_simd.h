@@ -18,7 +18,7 @@ namespace fastops::simd {
 
 // Vectors of the compiler's own, 128 bits wide: what every machine has.
 struct Scalar {
-  static constexpr int kLanes = 4, kUnits = 8, kRows = 4, kStream = 4;
+  static constexpr int kLanes = 4, kUnits = 8, kRows = 4, kStream = 0;
   typedef float F __attribute__((vector_size(16)));
   typedef uint32_t W __attribute__((vector_size(16)));
   struct Table {
@@ -48,6 +48,8 @@ struct Scalar {
     std::memcpy(&v, p, 4 * static_cast<size_t>(count));
     return v;
   }
+  FO_INLINE static W load_words(const float* p) { return load_words(reinterpret_cast<const uint8_t*>(p)); }
+  FO_INLINE static void store_words(float* p, W v) { std::memcpy(p, &v, sizeof(v)); }
   // kLanes rows of words: afterwards words[i] holds word i of each row.
   FO_INLINE static void transpose(W (&words)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) {
@@ -58,6 +60,9 @@ struct Scalar {
       }
     }
   }
+
+  // Codes that start one later: the second code of `words` on, up to the first of `next`, which starts a byte later.
+  FO_INLINE static W skip_code(W words, W next) { return (words & 0x0f0f0f0f) << 4 | (next >> 4 & 0x0f0f0f0f); }
 
   FO_INLINE static Table table(const float* code) {
     Table t;
@@ -89,7 +94,7 @@ struct Scalar {
 #if defined(FASTOPS_X86)
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kUnits = 8, kRows = 6, kStream = 6;
+  static constexpr int kLanes = 8, kUnits = 8, kRows = 6, kStream = 0;
   using F = __m256;
   using W = __m256i;
   struct Table {
@@ -119,6 +124,8 @@ struct Avx2 {
   FO_SIMD W load_words(const uint8_t* p, int count) {
     return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_mask(count));
   }
+  FO_SIMD W load_words(const float* p) { return _mm256_castps_si256(load(p)); }
+  FO_SIMD void store_words(float* p, W v) { store(p, _mm256_castsi256_ps(v)); }
   FO_SIMD void transpose(W (&words)[kLanes]) {
     __m256i fours[8];  // [4 b + c]: lane l has column 4 l + c of rows 4 b ... 4 b + 3
     for (int b = 0; b < 8; b += 4) {
@@ -135,6 +142,12 @@ struct Avx2 {
       words[c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x20);
       words[4 + c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x31);
     }
+  }
+
+  FO_SIMD W skip_code(W words, W next) {
+    const __m256i low = _mm256_set1_epi8(15);
+    return _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(words, low), 4),
+                           _mm256_and_si256(_mm256_srli_epi32(next, 4), low));
   }
 
   FO_SIMD Table table(const float* code) { return {load(code), load(code + 8)}; }
@@ -190,6 +203,8 @@ struct Avx512 {
 
   FO_SIMD W load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
   FO_SIMD W load_words(const uint8_t* p, int count) { return _mm512_maskz_loadu_epi32(first_mask(count), p); }
+  FO_SIMD W load_words(const float* p) { return _mm512_castps_si512(load(p)); }
+  FO_SIMD void store_words(float* p, W v) { store(p, _mm512_castsi512_ps(v)); }
   FO_SIMD void transpose(W (&words)[kLanes]) {
     __m512i fours[16];  // [4 b + c]: lane l has column 4 l + c of rows 4 b ... 4 b + 3
 #pragma GCC unroll 4
@@ -214,6 +229,12 @@ struct Avx512 {
       words[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
       words[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
     }
+  }
+
+  FO_SIMD W skip_code(W words, W next) {
+    const __m512i low = _mm512_set1_epi8(15);
+    return _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(words, low), 4),
+                           _mm512_and_si512(_mm512_srli_epi32(next, 4), low));
   }
 
   FO_SIMD Table table(const float* code) { return load(code); }

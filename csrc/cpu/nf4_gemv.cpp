@@ -24,10 +24,11 @@
 namespace fastops::nf4_gemv {
 namespace {
 
-constexpr int64_t kDxRows = 32;       // rows of W in a tile of dx
+constexpr int64_t kDxRows = 128;      // rows of W in a tile of dx
 constexpr int64_t kDotRows = 4;       // rows of x that are few
 constexpr int64_t kStreamGroups = 2;  // groups of rows of x up to which decoding W for each group beats tiles
 constexpr int64_t kBlockRows = 768;   // rows of x laid out at a time: what the caches hold
+constexpr int64_t kMinChain = 32;     // see chain()
 constexpr double kGrainFlops = 1 << 18;
 
 // NF4 times this lies near bf16 numbers: the rms rounding error of a code falls from 0.27 to 0.16 ulp.
@@ -47,6 +48,10 @@ struct Job {
   const float* x;     // units, laid out by the kernel's pack
   void* out;
 };
+
+// fp32 products of a sum of `size` that are added up one after the other before their sum joins the others: the
+// rounding errors of a chain weigh less where there are more of them.
+constexpr int64_t chain(int64_t size) { return size < 256 ? kMinChain : 2 * kMinChain; }
 
 // Rows in as few groups of at most `most` as they fill, of sizes that differ by at most one.
 struct RowGroups {
@@ -117,10 +122,11 @@ class Buffer {
   explicit Buffer(int64_t floats) {
     const size_t bytes = static_cast<size_t>(floats) * sizeof(float) + kLine;
     if (bytes >= HostPool::kMinBytes) data_ = HostPool::get().take(bytes, &capacity_);
-    if (!data_) data_ = ::operator new(bytes, std::align_val_t(kLine));
+    pooled_ = data_ != nullptr;
+    if (!pooled_) data_ = ::operator new(bytes, std::align_val_t(kLine));
   }
   ~Buffer() {
-    capacity_ ? HostPool::get().give_back(data_, capacity_) : ::operator delete(data_, std::align_val_t(kLine));
+    pooled_ ? HostPool::get().give_back(data_, capacity_) : ::operator delete(data_, std::align_val_t(kLine));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -130,6 +136,7 @@ class Buffer {
   static constexpr size_t kLine = 64;
   void* data_ = nullptr;
   size_t capacity_ = 0;
+  bool pooled_ = false;
 };
 
 template <class T>
@@ -193,7 +200,7 @@ void many_rows(const Kernels<T>& kernels, const Job& whole, const T* x, bool dx)
   const bool stream = !dx && whole.segment && whole.rows <= kStreamGroups * kernels.stream_rows;
   const int64_t in = dx ? whole.n : whole.k, out = dx ? whole.k : whole.n, lanes = kernels.lanes;
   const int64_t chunk = dx ? kDxRows : stream ? in : 8 * lanes;
-  const int64_t scales = whole.segment ? whole.k / whole.segment * 2 * lanes : 2 * lanes;
+  const int64_t scales = whole.segment ? whole.k / whole.segment * 2 * lanes : 8 * lanes / kMinChain * 2 * lanes;
   const Strips strips = dx ? Strips{out, 16 * lanes, kernels.dx_tile, 16 * lanes}
                            : Strips{out, 2 * lanes, kernels.linear_tile + scales, 2 * lanes};
   const Buffer units(std::min(whole.rows, kBlockRows) * (dx ? in : ceil_div(in, 8) * kernels.units));
@@ -257,7 +264,7 @@ Tensor forward(const char* op, bool one_row, Tensor x, Tensor packed, nf4::Scale
   Job job = make_job(packed, scales, sizes);
   job.out = out.mutable_data_ptr();
   const bool few = job.rows <= kDotRows && job.k % 8 == 0;
-  if (job.k % 32 == 0 && job.k > 0) job.segment = std::min(job.k & -job.k, scales.blocksize);
+  if (job.k % 8 == 0 && job.k > 0) job.segment = std::min(job.k & -job.k, scales.blocksize);
   const bool bf16_units = (few || job.segment) && use_bf16_units(job, x.scalar_type());
   dispatch_float(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -268,7 +275,7 @@ Tensor forward(const char* op, bool one_row, Tensor x, Tensor packed, nf4::Scale
       for (int64_t i = 0; i < job.n; ++i) bias_values[static_cast<size_t>(i)] = to_float(from[i]);
     }
     job.bias = bias_values.data();
-    job.segment = std::min(job.segment, int64_t{8} * kernels.lanes);
+    job.segment = std::min(job.segment, bf16_units ? int64_t{8} * kernels.lanes : chain(job.k));
     const T* from = static_cast<const T*>(x.const_data_ptr());
     few ? few_rows(kernels, job, from) : many_rows(kernels, job, from, false);
   });
