@@ -1,11 +1,12 @@
 """Argument checks of the operators on KV caches; csrc/common/kv_cache.h checks the same in the same order.
 
-Caches are [B, Hkv, S_cap, D], or paged [n_blocks, block, Hkv, D] with block_table [B, max_blocks]. The check_* functions
-read no values; the refuse_* functions read those of small tensors, so on a GPU they wait for it.
+Caches are [B, Hkv, S_cap, D], or paged [n_blocks, block, Hkv, D] with block_table [B, max_blocks]. The check_*
+functions read no values; the refuse_* functions read those of small tensors, so on a GPU they wait for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,6 +96,9 @@ def check_rows(op: str, k_cache: Tensor, k: Tensor, v: Tensor, caches: CacheShap
         if rows.shape[2] != k.shape[2]:
             fail(op, f"v must have the shape of k, {list(k.shape)}, got {list(rows.shape)}")
         check_last_dim(op, name, rows)
+    sizes = k.shape[:3]
+    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= 2**31:
+        fail(op, f"k must have fewer than 2^31 rows in all, got {list(k.shape)}")
     return k.shape[2]
 
 

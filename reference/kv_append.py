@@ -36,12 +36,15 @@ def locate(cache: Tensor, block_table: Tensor | None, b: int, position: int) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, minus: float = -1.0) -> Tensor:
-    """The first R elements of x [Hkv, D] turned by cos and sin [R / 2]: (x1 cos - x2 sin, x2 cos + x1 sin), in x's dtype.
+    """The first R elements of x [Hkv, D] turned by cos and sin [R / 2], in x's dtype.
 
-    x1 and x2 are the halves of the R elements, or interleaved the even and the odd ones.
+    (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of the R elements, or interleaved the even and
+    the odd ones.
     """
     half, out = cos.shape[0], x.clone()
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
     x1, x2 = x[:, first], x[:, second]
     out[:, first] = x1 * cos + minus * (x2 * sin)
     out[:, second] = x2 * cos + x1 * sin
@@ -217,7 +220,7 @@ def error(
     rope_interleaved: bool = False,
     **kwargs: Any,
 ) -> float:
-    """Of the caches after the call, given them before: the error ratio of the rotated elements, all others bit-equal."""
+    """Error ratio of the rotated elements of the caches after the call, given those before; the rest is bit-equal."""
     want_k, want_v = k_cache.clone(), v_cache.clone()
     if cos is None or sin is None:
         kv_append(want_k, want_v, k, v, lengths, **kwargs)
@@ -259,7 +262,9 @@ LAYOUTS = ("contiguous", "transposed", "together", "padded")
 def lay_out(k_cache: Tensor, v_cache: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """The same values in other memory; gaps are NaN."""
     if layout == "transposed":
-        return k_cache.transpose(1, 2).contiguous().transpose(1, 2), v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+        return k_cache.transpose(1, 2).contiguous().transpose(1, 2), v_cache.transpose(1, 2).contiguous().transpose(
+            1, 2
+        )
     if layout == "together":
         both = torch.stack([k_cache, v_cache], dim=3)
         return both[:, :, :, 0], both[:, :, :, 1]
@@ -383,7 +388,7 @@ def samples(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator
 
 
 def random_accepts(batch: int, tree: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """accept_index [B, T], ascending from 0 and padded with -1, and accept_len [B] of random paths; the first is whole."""
+    """accept_index [B, T], ascending from 0, padded with -1, and accept_len [B] of random paths; the first is whole."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.full((batch, tree), -1, dtype=torch.int32)
     counts = torch.zeros(batch, dtype=torch.int32)
@@ -425,6 +430,4 @@ def kv_scatter_samples(device: torch.device, dtype: torch.dtype, seed: int = 0) 
         order = torch.rand(batch, case.capacity, generator=generator).argsort(dim=1)[:, :rows].to(torch.int32)
         if case.ragged:
             order[:, ::3] = -1
-        yield Sample(
-            case.name, (k_cache, v_cache, *_rows(case, device, dtype, generator), order.to(device)), {}
-        )
+        yield Sample(case.name, (k_cache, v_cache, *_rows(case, device, dtype, generator), order.to(device)), {})

@@ -67,13 +67,15 @@ inline CacheShape check_caches(const char* op, const Tensor& k_cache, const Tens
 // No element of a 4-dimensional tensor that is written lies where another one does: an expanded cache is refused.
 inline void check_writable(const char* op, const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
-  std::array<std::pair<int64_t, int64_t>, 4> dims;
+  std::array<std::pair<int64_t, int64_t>, 4> dims;  // stride, size
   size_t n = 0;
   for (size_t i = 0; i < 4; ++i) {
     if (sizes[i] == 0) return;
-    if (sizes[i] > 1) dims[n++] = {strides[i], sizes[i]};
+    if (sizes[i] == 1) continue;
+    size_t at = n++;  // kept in ascending order of strides
+    for (; at > 0 && dims[at - 1].first > strides[i]; --at) dims[at] = dims[at - 1];
+    dims[at] = {strides[i], sizes[i]};
   }
-  std::sort(dims.begin(), dims.begin() + n);
   int64_t reach = 0;  // the farthest that the dims with smaller strides go
   for (size_t i = 0; i < n; ++i) {
     FO_CHECK(dims[i].first > reach, op, name, " must not overlap itself, got shape ", shape_string(sizes),
@@ -104,6 +106,8 @@ inline int64_t check_rows(const char* op, const Tensor& k_cache, const Tensor& k
     FO_CHECK(s[2] == k.size(2), op, "v must have the shape of k, ", shape_string(k.sizes()), ", got ", shape_string(s));
     check_last_dim(op, name, *t);
   }
+  FO_CHECK(k.numel() / caches.dim <= INT32_MAX, op, "k must have fewer than 2^31 rows in all, got ",
+           shape_string(k.sizes()));
   return k.size(2);
 }
 

@@ -171,7 +171,9 @@ def _check_scatter(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, index
 def _check_scatter_values(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
     position, capacity = values(index), k_cache.shape[2]
     if at := first_of((position < -1) | (position >= capacity)):
-        fail("kv_scatter", f"index must be from -1 to S_cap - 1 = {capacity - 1}, got {int(position[at])} at {list(at)}")
+        fail(
+            "kv_scatter", f"index must be from -1 to S_cap - 1 = {capacity - 1}, got {int(position[at])} at {list(at)}"
+        )
 
 
 def _fake(*args: object, **kwargs: object) -> None:
