@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -253,10 +255,11 @@ def kv_append(
     Source: arXiv:2511.12031 (rows into an over-allocated cache), arXiv:2104.09864 (rotary embedding). Cost:
     4 B Hkv T D itemsize bytes. No gradient. Deterministic, unless a block_table gives two sequences the same page.
     """
-    APPEND(
-        backend, k_cache, v_cache, k, v, lengths, block_table=block_table, q_lens=q_lens, cos=cos, sin=sin,
-        rope_interleaved=rope_interleaved, positions=positions,
-    )  # fmt: skip
+    more = {"block_table": block_table, "q_lens": q_lens, "cos": cos, "sin": sin, "positions": positions}
+    given: dict[str, Any] = {name: value for name, value in more.items() if value is not None}  # each costs 0.5 us
+    if rope_interleaved:
+        given["rope_interleaved"] = True
+    APPEND(backend, k_cache, v_cache, k, v, lengths, **given)
 
 
 def kv_compact(
@@ -295,7 +298,10 @@ def kv_compact(
     Source: SpecInfer, arXiv:2305.09781. Cost: 4 Hkv D itemsize bytes for each row that moves. No gradient.
     Deterministic, unless a block_table gives two sequences the same page.
     """
-    COMPACT(backend, k_cache, v_cache, lengths, accept_index, accept_len, block_table=block_table)
+    if block_table is None:
+        COMPACT(backend, k_cache, v_cache, lengths, accept_index, accept_len)
+    else:
+        COMPACT(backend, k_cache, v_cache, lengths, accept_index, accept_len, block_table=block_table)
 
 
 def kv_scatter(
