@@ -165,7 +165,8 @@ def _pages(k_cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int, 
     if block_table is None:
         return k_cache.shape[0], k_cache.shape[2], 0, 0, 0
     block = k_cache.shape[1]
-    return k_cache.shape[0], block_table.shape[1] * block, *block_table.stride(), block
+    table_row, table_column = block_table.stride()
+    return k_cache.shape[0], block_table.shape[1] * block, table_row, table_column, block
 
 
 def _launch(

@@ -1,6 +1,6 @@
-// kv_append, kv_compact, kv_scatter: rows of keys and values into, or within, the caches, in place, one launch each.
+// kv_append: cache[b, h, lengths[b] + t] = new[b, h, t], with kv_compact and kv_scatter, its kin; in place, one launch.
 // Floor at B 64, Hkv 8, T 16, D 128, bf16: 33.6 MB read and 33.6 MB written, 22 us at 3.02 TB/s; at T 1 4.2 MB, 1.4 us:
-// there the launch and three dependent reads count (length, page, then the row itself goes out). No flops but a
+// there the launch and three dependent accesses count (length, page, then the row itself goes out). No flops but a
 // rotation's. A thread carries 16 bytes of k and of v; the new rows are loaded before it is known where they go.
 // kv_compact works in place without a barrier: a thread keeps its columns and walks the accepted rows in order, eight
 // loads in flight; as an index never lies below its place, no row is overwritten before it was read.
