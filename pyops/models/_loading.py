@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,8 +115,8 @@ def load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{WHO}: path must hold every tensor of the model, got none for {', '.join(wrong[:5])}{more}")
-    tokenizer = None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # weights without a tokenizer serve token ids
+    tokenizer = None  # weights alone serve token ids; transformers would make up an empty one
+    if extra or any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
     return model.eval(), tokenizer
 

@@ -6,7 +6,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ class Decoding(Protocol):
     """The way a step makes tokens: the part that speculative methods replace."""
 
     def step(self, text: Text) -> Tensor:
-        """Emit tokens, int64 [B, n] on the device, -1 where a sequence has fewer; text.tokens are the newest.
+        """Emit tokens, int64 [B, n] on the device, -1 where a sequence has fewer (but at least one).
 
-        At most `width` rows are added to a sequence.
+        Leaves the newest in text.tokens, and in text.rows the most rows that any sequence has.
         """
 
     @property
@@ -62,11 +62,12 @@ class Decoding(Protocol):
 class OneToken:
     """A token a sequence and step."""
 
-    width: int = 1
+    width: ClassVar[int] = 1
     _captured: tuple[Any, int, Any] | None = field(default=None, repr=False)
 
     def step(self, text: Text) -> Tensor:
         """On a GPU the replay of a graph, captured again when the cache's memory moves."""
+        text.rows += 1
         if not text.graphs:
             self._advance(text)
             return text.tokens[:, None]
@@ -164,12 +165,12 @@ def _steps(
     """
     longest = max(map(len, ids))
     a = text.decoder.architecture
-    text.cache.start(
-        a, len(ids), longest + max_new_tokens - 1 + decoding.width - 1, text.decoder.device, text.decoder.dtype
-    )
+    lag = 1 if text.decoder.device.type == "cuda" else 0
+    # A step may begin while a single token is missing, and the one after it before that is known.
+    most = longest + max_new_tokens - 2 + (1 + lag) * decoding.width
+    text.cache.start(a, len(ids), most, text.decoder.device, text.decoder.dtype)
     answers = [_Answer(max_new_tokens, ends) for _ in ids]
     waiting: collections.deque[_Fetched] = collections.deque()
-    lag = 1 if text.decoder.device.type == "cuda" else 0
     with _bar(progress, max_new_tokens) as tick, torch.no_grad():
         _prefill(text, ids, chunk)
         waiting.append(_Fetched(text.tokens[:, None]))
@@ -178,7 +179,6 @@ def _steps(
             if launched < max_new_tokens and not all(answer.ended for answer in answers):
                 text.cache.reserve(text.rows + decoding.width)
                 waiting.append(_Fetched(decoding.step(text)))
-                text.rows += decoding.width
                 launched += 1
                 if len(waiting) <= lag:
                     continue
