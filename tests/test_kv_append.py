@@ -82,7 +82,17 @@ def test_matches_the_truth(op, name, dtype):
             assert error(op, find(op, name, device, dtype), backend) <= TRUTH[op].budget, backend
 
 
-@backends("kv_append", "kv_compact", "kv_scatter")
+@per_dtype
+def test_every_instruction_set(dtype, cpu_isa):
+    for s in reference.samples(CPU, dtype):
+        (_, _, *rest), kwargs = sample = (s.args, s.kwargs)
+        got, before = run("kv_append", sample, "cpu")
+        assert reference.error(got, *before, *rest, **kwargs) <= reference.BUDGET, s.name
+        reference.kv_append(*before, *rest, **kwargs)
+        assert all(torch.equal(g, w) for g, w in zip(got, before, strict=True)), s.name
+
+
+@per_backend
 @per_dtype
 def test_poisoned_caches(op, backend, device, dtype):
     """Rows that are not written may hold anything, and keep it bit for bit."""
@@ -580,6 +590,51 @@ def test_bad_values_are_skipped_by_kernels_that_cannot_check(op, name):
             torch.testing.assert_close(given[cache].cpu(), want[cache], rtol=1e-6, atol=1e-6)
 
 
+NASTY = [-(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 9, 15, 16, 17, 2147480000, 2**31 - 1]
+
+
+def hostile_call(op, trial):
+    """Integers that may be anything; no two rows go to one place, or the result would be a matter of order."""
+    generator = torch.Generator().manual_seed(trial)
+
+    def hostile(*shape):
+        plain = torch.randint(0, 17, shape, generator=generator)
+        nasty = torch.tensor(NASTY)[torch.randint(0, len(NASTY), shape, generator=generator)]
+        return torch.where(torch.rand(shape, generator=generator) < 0.25, nasty, plain).to(torch.int32)
+
+    paged = trial % 2 == 1 and op != "kv_scatter"
+    call = {k: v if v.is_floating_point() else hostile(*v.shape) for k, v in call_of(op, paged).items()}
+    if paged:
+        call["block_table"] = (torch.randperm(14, generator=generator)[:8] - 2).reshape(2, 4).to(torch.int32)
+    if op == "kv_append" and trial % 3 == 0:
+        call |= rope(positions=hostile(2, 4), q_lens=hostile(2))
+    if op == "kv_compact" and trial % 3:  # mostly ascending, so that something moves
+        call["accept_index"] = torch.randint(0, 3, (2, 4), generator=generator).cumsum(1).to(torch.int32)
+        call["lengths"] = torch.randint(0, 13, (2,), generator=generator).to(torch.int32)
+    if op == "kv_scatter":
+        call["index"] = torch.stack([torch.randperm(24, generator=generator)[:4] - 4 for _ in "ab"]).to(torch.int32)
+    return call
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hostile_values(op):
+    """On a GPU, and in Triton's interpreter, nothing is checked: rows that are not there are left out."""
+    trials = 200 if any(d.type == "cuda" for _, d in available(op)) else 30
+    for backend, device in available(op):
+        if device.type == "cpu" and backend != "triton":
+            continue
+        for trial in range(trials):
+            want = hostile_call(op, trial)
+            given = {k: v.clone().to(device) for k, v in want.items()}
+            getattr(reference, op)(**want)
+            if device.type == "cpu":
+                registry[op].triton_member("launch")(**given)
+            else:
+                getattr(fastops, op)(**given, backend=backend)
+            for cache in ("k_cache", "v_cache"):
+                torch.testing.assert_close(given[cache].cpu(), want[cache], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("op", PAGED)
 def test_dead_pages_that_hold_no_new_rows_are_no_matter(op):
     for backend, device in available(op):
@@ -605,8 +660,6 @@ def test_opcheck(op, name, device):
     if name not in [s.name for s in TRUTH[op].samples(CPU, torch.float32)]:
         pytest.skip("not a sample of this op")
     args, kwargs = find(op, name, torch.device(device))
-    if name == "together":  # opcheck compares memory, which these caches share
-        args = (args[0].contiguous(), args[1].contiguous(), *args[2:])
     torch.library.opcheck(getattr(torch.ops.fastops, op).default, args, kwargs)
 
 
@@ -648,6 +701,24 @@ def test_a_paged_step_compiles(op, backend, device):
         args, kwargs = find(op, name, device)
         f(*args, **kwargs)
         assert all(torch.equal(g, w) for g, w in zip(args[:2], want, strict=True))
+
+
+@per_backend
+def test_caches_of_one_tensor_compile(op, backend, device):
+    """Both are written, and torch.compile must see that they share a base."""
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def f(both, *rest, **kwargs):
+        getattr(fastops, op)(both[..., 0, :], both[..., 1, :], *rest, **kwargs, backend=backend)
+        return both.sum()
+
+    (k_cache, v_cache, *rest), kwargs = find(op, "together", device)
+    both = torch.stack([k_cache, v_cache], dim=3)
+    want, _ = run(op, find(op, "together", device), backend)
+    total = f(both, *rest, **kwargs)
+    assert torch.equal(both[..., 0, :], want[0])
+    assert torch.equal(both[..., 1, :], want[1])
+    assert torch.equal(total, both.sum())
 
 
 @per_backend
