@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -235,6 +236,23 @@ def pieces(d: int) -> tuple[int, int]:
     first = whole // 2
     second = max(16, triton.next_power_of_2(max(d - first, 1)))
     return (first, second) if first >= 16 and first < d and second < first else (whole, 0)
+
+
+def fit(config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool) -> dict[str, Any]:
+    """The sizes nearest to `config` that suit a tile of so many rows and heads of `d`: registers for all it holds."""
+    width = sum(pieces(d))
+    block_m, block_n, warps = max(16, min(config["BLOCK_M"], most_rows, 16384 // width)), config["BLOCK_N"], 4
+    if itemsize == 4:  # no tensor cores: operands of a product lie in registers whole
+        block_m, block_n = 16, 16
+    else:
+        warps = max(config["num_warps"], min(8, block_m * width // 1024))
+    while block_m * block_n * (1 + paged) > 8192 or (width > 128 and block_m * block_n > 2048):
+        block_n //= 2
+    stages = config["num_stages"]
+    while block_n > 16 and (stages - 1) * block_n * width * itemsize > 64 << 10:  # of keys, and as much of values
+        stages, block_n = (stages - 1, block_n) if stages > 3 else (stages, block_n // 2)
+    stages = 2 * stages - 1 if paged else stages  # entries of the table are under way as long as keys
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def alignment(*tensors: Tensor) -> int:

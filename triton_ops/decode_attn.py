@@ -21,10 +21,12 @@ from torch import Tensor
 
 from . import _aot, _tuned
 from ._attention import (
+    TYPES,
     alignment,
     attend,
     caches,
     finish,
+    fit,
     log2,
     multiprocessors,
     pieces,
@@ -48,7 +50,6 @@ SPACE = [
     )
 ]  # fmt: skip
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SCALARS = (
     "stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_kh", "stride_ks", "stride_vb", "stride_vh",
     "stride_vs", "stride_tb", "T", "kv_heads", "tiles", "parts", "capacity", "pages", "window",
@@ -179,26 +180,6 @@ def _merge_kernel(
     tl.store(lse_ptr + at, lse)
 
 
-def fit(config: dict[str, Any], rows: int, d: int, itemsize: int, paged: bool = False) -> dict[str, Any]:
-    """The sizes nearest to `config` that suit so many rows of a KV head."""
-    block_m, block_n, warps, width = config["BLOCK_M"], config["BLOCK_N"], config["num_warps"], sum(pieces(d))
-    block_m = max(16, min(block_m, triton.next_power_of_2(rows), 128 * 128 // width))
-    if itemsize == 4:  # no tensor cores: operands of a product lie in registers whole
-        block_m, block_n, warps = 16, 32 if width <= 64 else 16, 4
-    warps = max(warps, min(8, block_m * width // 1024))  # registers for sums
-    while block_m * block_n * (1 + paged) > 128 * 64 or (width > 128 and block_m * block_n > 32 * 64):
-        block_n //= 2  # registers for scores, and for addresses
-    stages = config["num_stages"]
-    while block_n > 16 and (stages - 1) * block_n * width * itemsize > 64 << 10:  # of keys, and as much of values
-        stages, block_n = (stages - 1, block_n) if stages > 3 else (stages, block_n // 2)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": warps,
-        "num_stages": 2 * stages - 1 if paged else stages,
-    }
-
-
 def part_count(programs: int, tiles: int, capacity: int, block_m: int, device: torch.device) -> int:
     """Parts of a sequence so that the tiles of all of them make `programs` for each multiprocessor (of 16 rows)."""
     wanted = programs * 16 * multiprocessors(device) // block_m
@@ -239,7 +220,7 @@ def launch(
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
     config = config or config_for(q, kv_heads, capacity)
     group, table = heads // kv_heads, whole_table(block_table)
-    sizes = fit(config, rows * group, d, q.element_size(), table is not None)
+    sizes = fit(config, triton.next_power_of_2(rows * group), d, q.element_size(), table is not None)
     tiles = triton.cdiv(rows * group, sizes["BLOCK_M"])
     parts = part_count(config["PROGRAMS"], batch * kv_heads * tiles, capacity, sizes["BLOCK_M"], q.device)
     work = q.new_empty(lse.numel() * parts * (d + 2), dtype=torch.float32) if parts > 1 else None
@@ -286,23 +267,23 @@ def specializations() -> Iterator[_aot.Specialization]:
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, rows, options in cases:
         sizes = fit(config, rows, d, dtype.itemsize, "paged" in options)
-        name = "-".join([_TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
+        name = "-".join([TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _decode_kernel, *_signature(dtype, d, options), sizes)
         if "split" in options:
             constants = {
                 "WINDOW": False, "GROUP": 4, "D": d, "WIDTH": triton.next_power_of_2(d), "PARTS": MAX_PARTS,
                 "CHUNK": MERGE, "PART_KEYS": PART_KEYS, "BLOCK_N": 64,
             }  # fmt: skip
-            types = {"work_ptr": "*fp32", "lengths_ptr": "*i32", "out_ptr": f"*{_TYPES[dtype]}", "lse_ptr": "*fp32"}
+            types = {"work_ptr": "*fp32", "lengths_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}", "lse_ptr": "*fp32"}
             types |= dict.fromkeys(("T", "kv_heads", "parts", "capacity", "window"), "i32")
-            name = f"merge-{_TYPES[dtype]}-D{d}"
+            name = f"merge-{TYPES[dtype]}-D{d}"
             named[name] = _aot.Specialization(name, _merge_kernel, types, constants, {"num_warps": 2})
     yield from named.values()
 
 
 def _signature(dtype: torch.dtype, d: int, options: str) -> tuple[dict[str, str], dict[str, Any]]:
     """(types, constants) of _decode_kernel with 4 query heads a KV head."""
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{_TYPES[dtype]}")
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{TYPES[dtype]}")
     types |= {"lengths_ptr": "*i32", "lse_ptr": "*fp32"} | dict.fromkeys(_SCALARS, "i32")
     types |= dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
     optional = {"tree": ("tree_ptr", "*i64"), "paged": ("table_ptr", "*i32"), "ragged": ("q_lens_ptr", "*i32"),
