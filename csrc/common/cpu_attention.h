@@ -21,6 +21,7 @@
 namespace fastops::attention {
 
 constexpr int64_t kMostKeys = 256;   // in a block
+constexpr int64_t kFewRows = 4;      // rows that use keys and values where they lie
 constexpr int64_t kTileRows = 128;   // times heads: a tile has fewer where it can
 constexpr int64_t kChunk = 512;      // keys of an item of a sequence that is split
 constexpr int64_t kGrain = 1 << 17;  // work of a thread, see run()
@@ -75,8 +76,16 @@ struct Block {
   int64_t count = 0;
   const T *k[kMostKeys], *v[kMostKeys];
 
-  void point(const Keys<T>& keys, int64_t first, int64_t some) {
+  // Those of `some` keys from `first` on, and up to `most` of any.
+  void point(const Keys<T>& keys, int64_t first, int64_t some, int64_t most) {
     count = some;
+    find(keys, first, some);
+    std::fill(k + some, k + most, some ? k[some - 1] : keys.k);
+    std::fill(v + some, v + most, some ? v[some - 1] : keys.v);
+  }
+
+ private:
+  void find(const Keys<T>& keys, int64_t first, int64_t some) {
     if (!keys.table) {
       for (int64_t j = 0; j < some; ++j) {
         k[j] = keys.k + (first + j) * keys.k_row;
@@ -125,17 +134,15 @@ struct Output {
   int64_t rows, group, d;
 };
 
-// What the kernels keep beside their sums.
+// What the kernels keep beside their sums; `width` is D in whole vectors of units.
 struct Scratch {
   float *q, *keys, *values, *scores;
-  Scratch(float* at, int64_t rows, int64_t units, int64_t block, int64_t value_width)
-      : q(at), keys(q + round_up(rows * units, 16)), values(keys + block * units), scores(values + block * value_width) {}
+  Scratch(float* at, int64_t rows, int64_t width, int64_t block)
+      : q(at), keys(q + rows * width), values(keys + block * width), scores(values + block * width) {}
+  static int64_t floats(int64_t rows, int64_t width, int64_t block, int64_t rows_at_once) {
+    return rows * width + block * (2 * width + rows_at_once);
+  }
 };
-
-// Floats of Scratch, whatever the units are.
-inline int64_t scratch_floats(int64_t rows, int64_t d, int64_t block, int64_t rows_at_once) {
-  return round_up(rows * d, 16) + block * (d + round_up(d, 32) + rows_at_once);
-}
 
 // Which of up to 64 keys from k0 on a row sees.
 inline uint64_t seen_keys(const Sight& sight, int64_t node0, int64_t k0, int64_t count) {
@@ -169,7 +176,7 @@ struct RowGroups {
 // The kernels for one instruction set and dtype.
 template <class T>
 struct Kernels {
-  int64_t lanes, rows;
+  int64_t width, rows;  // of a vector of units, in elements; of a product in registers
   void (*attend)(const Tile<T>&, float* scratch);
   void (*finish)(const Output<T>&, const Sums&, int64_t parts, int64_t part_stride);
 };
@@ -333,12 +340,12 @@ void run_as(const Call& call, bool split) {
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
   }
 
-  const int64_t width = round_up(call.d, kernels.lanes), block = most_rows <= kernels.rows ? 64 : 128;
+  const int64_t width = round_up(call.d, kernels.width), block = most_rows <= kernels.rows ? 64 : 128;
   const int64_t sums = round_up(most_rows * (width + 2), 16);
   const auto sums_at = [&](float* at) { return Sums{at, at + most_rows * width, at + most_rows * (width + 1)}; };
   const Buffer partial(slots * call.kv_heads * sums);
   const std::unique_ptr<std::atomic<int32_t>[]> done(slots ? new std::atomic<int32_t>[slots * call.kv_heads]() : nullptr);
-  take_items(items, threads, sums + scratch_floats(most_rows, call.d, block, kernels.rows), [&](int64_t i, float* own) {
+  take_items(items, threads, sums + Scratch::floats(most_rows, width, block, kernels.rows), [&](int64_t i, float* own) {
     const Task& task = tasks[i / call.kv_heads];
     const int64_t head = i % call.kv_heads, first = head * slots + task.slot;
     const bool whole = task.parts == 1;

@@ -97,6 +97,7 @@ struct Scalar {
     return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
   FO_INLINE static W as_words(F v) { return reinterpret_cast<W>(v); }
+  FO_INLINE static F as_floats(W v) { return reinterpret_cast<F>(v); }
 
   FO_INLINE static F set(float v) { return F{v, v, v, v}; }
   FO_INLINE static F sub(F a, F b) { return a - b; }
@@ -106,6 +107,12 @@ struct Scalar {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
   }
+  // Sums of each of four vectors, in parts, of which join() makes kLanes whole ones.
+  FO_INLINE static F quad(F a, F b, F c, F d) {
+    return F{a[0], b[0], c[0], d[0]} + F{a[1], b[1], c[1], d[1]} + F{a[2], b[2], c[2], d[2]} +
+           F{a[3], b[3], c[3], d[3]};
+  }
+  FO_INLINE static F join(const F (&quads)[kLanes / 4]) { return quads[0]; }
   FO_INLINE static F select(uint32_t bits, F a, F b) {
     return (W{bits, bits, bits, bits} & W{1, 2, 4, 8}) != 0 ? a : b;
   }
@@ -214,6 +221,7 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   FO_SIMD W as_words(F v) { return _mm256_castps_si256(v); }
+  FO_SIMD F as_floats(W v) { return _mm256_castsi256_ps(v); }
 
   FO_SIMD F set(float v) { return _mm256_set1_ps(v); }
   FO_SIMD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -223,6 +231,10 @@ struct Avx2 {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  FO_SIMD F quad(F a, F b, F c, F d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+  FO_SIMD F join(const F (&quads)[kLanes / 4]) {
+    return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
   }
   FO_SIMD F select(uint32_t bits, F a, F b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -326,12 +338,23 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
   FO_SIMD W as_words(F v) { return _mm512_castps_si512(v); }
+  FO_SIMD F as_floats(W v) { return _mm512_castsi512_ps(v); }
 
   FO_SIMD F set(float v) { return _mm512_set1_ps(v); }
   FO_SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   FO_SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
   FO_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
   FO_SIMD float max_of(F v) { return _mm512_reduce_max_ps(v); }
+  FO_SIMD F quad(F a, F b, F c, F d) {
+    const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  FO_SIMD F join(const F (&quads)[kLanes / 4]) {
+    const F low = add(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const F high = add(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88), _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
   FO_SIMD F select(uint32_t bits, F a, F b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits), a); }
   FO_SIMD F abs(F v) { return _mm512_abs_ps(v); }
   FO_SIMD F with_sign(F v, F of) { return _mm512_or_ps(v, _mm512_and_ps(set(-0.0f), of)); }
@@ -365,14 +388,13 @@ struct Avx512Bf16 : Avx512 {
   FO_SIMD void store_units(float* p, F low, F high) {
     _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
-  // to[i] = (a[i], b[i]), i up to 2 kLanes.
-  FO_SIMD void interleave(W a, W b, float* to) {
-    const __m512i next = _mm512_set1_epi32(0x00010001);
-    __m512i index = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+  // Pairs (a[i], b[i]) of the 2 kLanes bf16 of each: the lower half of them and the upper.
+  FO_SIMD void interleave(W a, W b, F& low, F& high) {
+    const __m512i index = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
                                       0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, index, b));
-    index = _mm512_add_epi16(index, _mm512_slli_epi32(next, 4));
-    _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(a, index, b));
+    low = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, index, b));
+    const __m512i later = _mm512_add_epi16(index, _mm512_set1_epi16(16));
+    high = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, later, b));
   }
 #undef FO_SIMD
 };
