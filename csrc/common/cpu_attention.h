@@ -343,7 +343,8 @@ void run_as(const Call& call, bool split) {
   const int64_t width = round_up(call.d, kernels.width), block = most_rows <= kernels.rows ? 64 : 128;
   const int64_t sums = round_up(most_rows * (width + 2), 16);
   const auto sums_at = [&](float* at) { return Sums{at, at + most_rows * width, at + most_rows * (width + 1)}; };
-  const Buffer partial(slots * call.kv_heads * sums);
+  std::optional<Buffer> partial;
+  if (slots) partial.emplace(slots * call.kv_heads * sums);
   const std::unique_ptr<std::atomic<int32_t>[]> done(slots ? new std::atomic<int32_t>[slots * call.kv_heads]() : nullptr);
   take_items(items, threads, sums + Scratch::floats(most_rows, width, block, kernels.rows), [&](int64_t i, float* own) {
     const Task& task = tasks[i / call.kv_heads];
@@ -351,13 +352,18 @@ void run_as(const Call& call, bool split) {
     const bool whole = task.parts == 1;
     Tile<T> tile = make_tile<T>(call, task, head);
     tile.block = block;
-    tile.sums = sums_at(whole ? own : partial.get() + (first + task.part) * sums);
+    tile.sums = sums_at(whole ? own : partial->get() + (first + task.part) * sums);
     kernels.attend(tile, own + sums);
     if (!whole && done[first].fetch_add(1, std::memory_order_acq_rel) + 1 < task.parts) return;
-    const Sums parts = whole ? tile.sums : sums_at(partial.get() + first * sums);
+    const Sums parts = whole ? tile.sums : sums_at(partial->get() + first * sums);
     kernels.finish(make_output<T>(call, task, head), parts, task.parts, sums);
   });
 }
+
+// Instantiated in csrc/cpu/decode_attn.cpp, once for both ops.
+extern template void run_as<float>(const Call&, bool);
+extern template void run_as<Half>(const Call&, bool);
+extern template void run_as<BFloat16>(const Call&, bool);
 
 // `split`: chunks of a tile's keys are items of their own.
 inline void run(const Call& call, ScalarType type, bool split) {

@@ -9,25 +9,23 @@
 // not whole vectors of units, as copies that are. Units are floats, or pairs of bf16 (Avx512Bf16): of neighbouring
 // columns in q and k, of neighbouring keys in p and v.
 
-namespace {
-
 using V = FO_VECTOR;
-constexpr int kLanes = V::kLanes;
-constexpr bool kPairs = V::kUnits == 4;  // of bf16
-constexpr int kUnit = kPairs ? 2 : 1;    // elements
-constexpr int kRows = kLanes == 4 ? 4 : 6, kColumns = kLanes == 16 ? 4 : 2;  // of a product in registers
-constexpr int kPanel = kColumns * kLanes;                                    // keys
+inline constexpr int kLanes = V::kLanes;
+inline constexpr bool kPairs = V::kUnits == 4;  // of bf16
+inline constexpr int kUnit = kPairs ? 2 : 1;    // elements
+inline constexpr int kRows = kLanes == 4 ? 4 : 6, kColumns = kLanes == 16 ? 4 : 2;  // of a product in registers
+inline constexpr int kPanel = kColumns * kLanes;                                    // keys
 
 // V, but looked into only where T is known: not every V has what pairs need.
 template <class T>
 using PairsOf = std::conditional_t<sizeof(T) != 0, V, T>;
 
 // 2^f for f from -1/2 to 1/2, relative error 2e-9 before rounding: a least-maximum fit.
-constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,  0.055503286f,
+inline constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,  0.055503286f,
                            0.009618489f, 0.0013399931f, 0.00015345812f};
-constexpr float kLeastExponent = -127.0f;  // 2^it counts as 0
+inline constexpr float kLeastExponent = -127.0f;  // 2^it counts as 0
 // tanh(y) = y + y z P(z), z = y^2, for |y| below 1/2, relative error 2e-8.
-constexpr float kTanh[] = {-0.3333333f, 0.13333225f, -0.05393348f, 0.021470739f, -0.0069430512f};
+inline constexpr float kTanh[] = {-0.3333333f, 0.13333225f, -0.05393348f, 0.021470739f, -0.0069430512f};
 
 FO_KERNEL FO_INLINE V::F exp2(V::F x) {
   x = V::max(V::set(kLeastExponent), x);  // a NaN stays
@@ -354,13 +352,13 @@ template <int... kM>
 constexpr std::array<Score, sizeof...(kM)> scores(std::integer_sequence<int, kM...>) {
   return {&score<kM + 1>...};
 }
-constexpr auto kScore = scores(std::make_integer_sequence<int, kRows>());  // [rows - 1]
+inline constexpr auto kScore = scores(std::make_integer_sequence<int, kRows>());  // [rows - 1]
 
 template <int... kI>
 constexpr std::array<Weigh, sizeof...(kI)> weighs(std::integer_sequence<int, kI...>) {
   return {&weigh<kI / kColumns + 1, kI % kColumns + 1>...};
 }
-constexpr auto kWeigh = weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
+inline constexpr auto kWeigh = weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
 
 // Rows r0 ... r0 + count - 1 against a block.
 template <class T>
@@ -461,8 +459,6 @@ FO_KERNEL void finish(const Output<T>& to, const Sums& sums, int64_t parts, int6
         static_cast<float>(static_cast<double>(base) * std::numbers::ln2 + std::log(static_cast<double>(sum)));
   }
 }
-
-}  // namespace
 
 template <class T>
 Kernels<T> kernels() {

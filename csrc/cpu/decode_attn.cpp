@@ -9,6 +9,11 @@
 #include "common/register.h"
 
 namespace fastops::attention {
+
+template void run_as<float>(const Call&, bool);
+template void run_as<Half>(const Call&, bool);
+template void run_as<BFloat16>(const Call&, bool);
+
 namespace {
 
 constexpr char kOp[] = "decode_attn";
