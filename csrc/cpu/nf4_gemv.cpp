@@ -12,11 +12,10 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "common/cpu_output.h"
+#include "common/cpu_scratch.h"
 #include "common/cpu_simd.h"
 #include "common/nf4.h"
 #include "common/register.h"
@@ -115,29 +114,6 @@ namespace avx512_bf16 {
 #endif
 
 namespace {
-
-// Uninitialised floats on a cache line of their own; large ones from the pool of outputs.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float) + kLine;
-    if (bytes >= HostPool::kMinBytes) data_ = HostPool::get().take(bytes, &capacity_);
-    pooled_ = data_ != nullptr;
-    if (!pooled_) data_ = ::operator new(bytes, std::align_val_t(kLine));
-  }
-  ~Buffer() {
-    pooled_ ? HostPool::get().give_back(data_, capacity_) : ::operator delete(data_, std::align_val_t(kLine));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* get() const { return static_cast<float*>(data_); }
-
- private:
-  static constexpr size_t kLine = 64;
-  void* data_ = nullptr;
-  size_t capacity_ = 0;
-  bool pooled_ = false;
-};
 
 template <class T>
 Kernels<T> kernels_for(Isa isa, bool bf16_units) {
