@@ -134,8 +134,8 @@ def _prefill_kernel(
 
 
 def config_for(q: Tensor, max_q_len: int) -> dict[str, Any]:
-    """The tuned configuration for q [N, Hq, D] with sequences of up to max_q_len new rows."""
-    key = (("dtype", str(q.dtype).removeprefix("torch.")), ("D", q.shape[2]))
+    """The tuned configuration for q [N, Hq, D] with sequences of up to max_q_len new rows; fp16 has bf16's."""
+    key = (("dtype", "float32" if q.dtype == torch.float32 else "bfloat16"), ("D", q.shape[2]))
     return _tuned.lookup("prefill_attn", q.device, key, log2(max_q_len), tuple(DEFAULT.items()))
 
 
@@ -161,7 +161,7 @@ def launch(
     align = alignment(q, k_cache, v_cache)
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
     batch, group, table = lengths.shape[0], heads // kv_heads, whole_table(block_table)
-    rows, (d0, d1) = min(max_q_len, n) * group, pieces(d)
+    rows = min(max_q_len, n) * group
     few = batch * kv_heads * rows < 128 * multiprocessors(q.device)
     sizes = fit(config or config_for(q, max_q_len), 64 if few else 128, d, q.element_size(), table is not None)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
@@ -172,7 +172,7 @@ def launch(
             stride_tb=0 if table is None else table.stride(0), N=n, batch=batch, kv_heads=kv_heads, tiles=tiles,
             max_q_len=max_q_len, capacity=capacity, pages=k_cache.shape[0], window=window or 0,
             WINDOW=window is not None, PAGE=page, ALIKE=k_cache.stride() == v_cache.stride(), ALIGN=align, HEADS=heads,
-            GROUP=group, D=d, D0=d0, D1=d1, FREE_ROWS=FREE_ROWS, **scales(scale, softcap, d), **sizes,
+            GROUP=group, D=d, FREE_ROWS=FREE_ROWS, **scales(scale, softcap, d), **sizes,
         )  # fmt: skip
     return out, lse
 
