@@ -243,14 +243,19 @@ def pieces(d: int) -> tuple[int, int]:
     return (first, second) if first >= 16 and first < d and second < first else (whole, 0)
 
 
-def fit(config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool) -> dict[str, Any]:
+def fit(
+    config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool, vectors: bool = True
+) -> dict[str, Any]:
     """The sizes nearest to `config` that suit a tile of so many rows and heads of `d`: registers for all it holds."""
     width = sum(pieces(d))
-    block_m, block_n, warps = max(16, min(config["BLOCK_M"], most_rows, 16384 // width)), config["BLOCK_N"], 4
+    block_m, block_n, warps = min(config["BLOCK_M"], most_rows, 16384 // power_of_two(width)), config["BLOCK_N"], 4
+    block_m = max(16, block_m)
     if itemsize == 4:  # no tensor cores: operands of a product lie in registers whole
         block_m, block_n = 16, 16
     else:
-        warps = max(config["num_warps"], min(8, block_m * width // 1024))
+        warps = max(config["num_warps"], min(8, power_of_two(block_m * width // 1024)))
+    if not vectors:  # an address each element
+        block_n = min(block_n, 32 if width <= 64 else 16)
     while block_m * block_n * (1 + paged) > 8192 or (width > 128 and block_m * block_n > 2048):
         block_n //= 2
     stages = config["num_stages"]

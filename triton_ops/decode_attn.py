@@ -182,15 +182,15 @@ def _merge_kernel(
     tl.store(lse_ptr + at, lse)
 
 
-def config_for(q: Tensor, kv_heads: int, capacity: int) -> dict[str, Any]:
-    """The tuned configuration for q [B, Hq, T, D] over so many rows of cache; fp16 has bf16's."""
+def config_for(q: Tensor, kv_heads: int, reach: int) -> dict[str, Any]:
+    """The tuned configuration for q [B, Hq, T, D] over so many keys; fp16 has bf16's."""
     batch, heads, rows, d = q.shape
     key = (
         ("dtype", "float32" if q.dtype == torch.float32 else "bfloat16"),
         ("D", d),
         ("rows", max(16, min(256, power_of_two(rows * heads // kv_heads)))),
     )
-    return _tuned.lookup("decode_attn", q.device, key, log2(batch * kv_heads * capacity), tuple(DEFAULT.items()))
+    return _tuned.lookup("decode_attn", q.device, key, log2(batch * kv_heads * reach), tuple(DEFAULT.items()))
 
 
 @functools.lru_cache(4096)
@@ -200,23 +200,24 @@ def _plan(
     itemsize: int,
     device: torch.device,
     kv_heads: int,
-    capacity: int,
+    reach: int,
     paged: bool,
+    vectors: bool,
 ) -> tuple[dict[str, Any], int, int]:
     (batch, heads, rows, d), wish = shape, dict(config)
     rows *= heads // kv_heads
-    sizes = fit(wish, power_of_two(rows), d, itemsize, paged)
+    sizes = fit(wish, power_of_two(rows), d, itemsize, paged, vectors)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     wanted = wish["PROGRAMS"] * 16 * multiprocessors(device) // sizes["BLOCK_M"]
-    return sizes, tiles, max(1, min(wanted // (batch * kv_heads * tiles), capacity // PART_KEYS, MAX_PARTS))
+    return sizes, tiles, max(1, min(wanted // (batch * kv_heads * tiles), reach // PART_KEYS, MAX_PARTS))
 
 
 def plan(
-    q: Tensor, kv_heads: int, capacity: int, paged: bool, config: dict[str, Any] | None = None
+    q: Tensor, kv_heads: int, reach: int, paged: bool, vectors: bool = True, config: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], int, int]:
-    """(sizes, tiles of a KV head, parts of a sequence), from shapes alone."""
-    wish = tuple((config or config_for(q, kv_heads, capacity)).items())
-    return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, capacity, paged)
+    """(sizes, tiles of a KV head, parts of a sequence), from shapes alone; `reach`: how many keys may be seen."""
+    wish = tuple((config or config_for(q, kv_heads, reach)).items())
+    return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, reach, paged, vectors)
 
 
 def launch(
@@ -241,7 +242,8 @@ def launch(
     align = alignment(q, k_cache, v_cache)
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
     table = whole_table(block_table)
-    sizes, tiles, parts = plan(q, kv_heads, capacity, table is not None, config)
+    reach = capacity if window is None else min(capacity, window + rows)
+    sizes, tiles, parts = plan(q, kv_heads, reach, table is not None, align > 1, config)
     work = q.new_empty(lse.numel() * parts * (d + 2), dtype=torch.float32) if parts > 1 else None
     lengths, q_lens = lengths.contiguous(), None if q_lens is None else q_lens.contiguous()
     shared = {"WINDOW": window is not None, "GROUP": heads // kv_heads, "D": d, "PART_KEYS": PART_KEYS}
@@ -272,18 +274,19 @@ def specializations() -> Iterator[_aot.Specialization]:
     for config in _aot.configurations(SPACE, DEFAULT, []):
         cases += [(config, bf16, 128, rows, options) for rows, options in ((4, ""), (256, "tree split"))]
     for d in (64, 80, 96, 128, 256):
-        cases += [(DEFAULT, bf16, d, rows, "split") for rows in (6, 32, 256)]
+        cases += [(DEFAULT, bf16, d, rows, "split") for rows in (6, 32, 64, 256)]
     cases += [
         (DEFAULT, bf16, 128, 4, "paged split"), (DEFAULT, bf16, 128, 256, "paged tree"),
         (DEFAULT, torch.float16, 128, 8, "tree paged window softcap ragged split"),
         (DEFAULT, torch.float16, 256, 128, "window softcap ragged"),
+        *((DEFAULT, bf16, d, rows, "odd split") for d in (33, 200) for rows in (4, 256)),
         *((DEFAULT, torch.float32, d, rows, options)
           for d, rows, options in ((64, 4, ""), (128, 256, "tree split"), (256, 4, "paged"), (80, 8, "window"))),
         *((e["config"], getattr(torch, e["key"]["dtype"]), e["key"]["D"], e["key"]["rows"], "split") for e in shipped),
     ]  # fmt: skip
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, rows, options in cases:
-        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options)
+        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options, "odd" not in options)
         name = "-".join([TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _decode_kernel, *_signature(dtype, d, options), sizes)
         if "split" in options:
@@ -310,6 +313,6 @@ def _signature(dtype: torch.dtype, d: int, options: str) -> tuple[dict[str, str]
     return types, {
         "SPLIT": "split" in options, "WINDOW": "window" in options, "SOFTCAP": "softcap" in options,
         "NEGATIVE": False, "PAGE": 16 if "paged" in options else 0, "ALIKE": "ragged" not in options,
-        "ALIGN": 16 // dtype.itemsize, "GROUP": 4,
+        "ALIGN": 1 if "odd" in options else 16 // dtype.itemsize, "GROUP": 4,
         "D": d, "D0": d0, "D1": d1, "PART_KEYS": PART_KEYS,
     }  # fmt: skip
