@@ -230,22 +230,32 @@ def finish(acc0, acc1, m, total, there):
     return tl.where(empty[:, None], 0.0, acc0 * share), tl.where(empty[:, None], 0.0, acc1 * share), lse
 
 
+def power_of_two(n: int) -> int:
+    """The least that is at least n; Triton's own costs a microsecond."""
+    return 1 << (n - 1).bit_length()
+
+
 def pieces(d: int) -> tuple[int, int]:
     """(D0, D1), powers of two that hold D: one piece where two would not be smaller."""
-    whole = max(16, triton.next_power_of_2(d))
+    whole = max(16, power_of_two(d))
     first = whole // 2
-    second = max(16, triton.next_power_of_2(max(d - first, 1)))
+    second = max(16, power_of_two(max(d - first, 1)))
     return (first, second) if first >= 16 and first < d and second < first else (whole, 0)
 
 
-def fit(config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool) -> dict[str, Any]:
+def fit(
+    config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool, vectors: bool = True
+) -> dict[str, Any]:
     """The sizes nearest to `config` that suit a tile of so many rows and heads of `d`: registers for all it holds."""
     width = sum(pieces(d))
-    block_m, block_n, warps = max(16, min(config["BLOCK_M"], most_rows, 16384 // width)), config["BLOCK_N"], 4
+    block_m, block_n, warps = min(config["BLOCK_M"], most_rows, 16384 // power_of_two(width)), config["BLOCK_N"], 4
+    block_m = max(16, block_m)
     if itemsize == 4:  # no tensor cores: operands of a product lie in registers whole
         block_m, block_n = 16, 16
     else:
-        warps = max(config["num_warps"], min(8, block_m * width // 1024))
+        warps = max(config["num_warps"], min(8, power_of_two(block_m * width // 1024)))
+    if not vectors:  # an address each element
+        block_n = min(block_n, 32 if width <= 64 else 16)
     while block_m * block_n * (1 + paged) > 8192 or (width > 128 and block_m * block_n > 2048):
         block_n //= 2
     stages = config["num_stages"]
@@ -258,17 +268,18 @@ def fit(config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bo
 def alignment(*tensors: Tensor) -> int:
     """The elements of 16 bytes if all strides are multiples of that, else 1."""
     vector = 16 // tensors[0].element_size()
-    return 1 if any(s % vector for t in tensors for s in t.stride()[:-1]) else vector
+    return 1 if math.gcd(vector, *(s for t in tensors for s in t.stride()[:-1])) < vector else vector
 
 
+@functools.lru_cache(256)
 def scales(scale: float | None, softcap: float | None, d: int) -> dict[str, Any]:
-    """scale, cap_in, cap_out and NEGATIVE of the kernels; a negative scale is that of -q."""
+    """What the kernels know of scores and the pieces of D; a negative scale is that of -q."""
     scale = d**-0.5 if scale is None else scale
     size = max(abs(scale), 1e-30)  # with 0 itself, a masked score would be NaN
     cap = 1.0 if softcap is None else softcap
     return {
         "scale": size * LOG2E, "cap_in": size / cap, "cap_out": cap * LOG2E,
-        "SOFTCAP": softcap is not None, "NEGATIVE": scale < 0,
+        "SOFTCAP": softcap is not None, "NEGATIVE": scale < 0, "D0": pieces(d)[0], "D1": pieces(d)[1],
     }  # fmt: skip
 
 
@@ -295,6 +306,6 @@ def whole_table(block_table: Tensor | None) -> Tensor | None:
     return block_table if block_table is None or block_table.stride(1) == 1 else block_table.contiguous()
 
 
-def log2(size: float) -> int:
+def log2(size: int) -> int:
     """Of a size in a tuned table."""
-    return int(math.log2(max(size, 1)))
+    return max(size, 1).bit_length() - 1

@@ -11,6 +11,7 @@ else is in the batch changes no bit. Parts leave sums, maxima and weights in fp3
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from ._attention import (
     log2,
     multiprocessors,
     pieces,
+    power_of_two,
     scales,
     store_rows,
     whole_table,
@@ -180,21 +182,42 @@ def _merge_kernel(
     tl.store(lse_ptr + at, lse)
 
 
-def part_count(programs: int, tiles: int, capacity: int, block_m: int, device: torch.device) -> int:
-    """Parts of a sequence so that the tiles of all of them make `programs` for each multiprocessor (of 16 rows)."""
-    wanted = programs * 16 * multiprocessors(device) // block_m
-    return max(1, min(wanted // max(tiles, 1), capacity // PART_KEYS, MAX_PARTS))
-
-
-def config_for(q: Tensor, kv_heads: int, capacity: int) -> dict[str, Any]:
-    """The tuned configuration for q [B, Hq, T, D] over so many rows of cache."""
+def config_for(q: Tensor, kv_heads: int, reach: int) -> dict[str, Any]:
+    """The tuned configuration for q [B, Hq, T, D] over so many keys; fp16 has bf16's."""
     batch, heads, rows, d = q.shape
     key = (
-        ("dtype", str(q.dtype).removeprefix("torch.")),
+        ("dtype", "float32" if q.dtype == torch.float32 else "bfloat16"),
         ("D", d),
-        ("rows", max(16, min(256, triton.next_power_of_2(rows * heads // max(kv_heads, 1))))),
+        ("rows", max(16, min(256, power_of_two(rows * heads // kv_heads)))),
     )
-    return _tuned.lookup("decode_attn", q.device, key, log2(batch * kv_heads * capacity), tuple(DEFAULT.items()))
+    return _tuned.lookup("decode_attn", q.device, key, log2(batch * kv_heads * reach), tuple(DEFAULT.items()))
+
+
+@functools.lru_cache(4096)
+def _plan(
+    config: tuple[tuple[str, Any], ...],
+    shape: tuple[int, int, int, int],
+    itemsize: int,
+    device: torch.device,
+    kv_heads: int,
+    reach: int,
+    paged: bool,
+    vectors: bool,
+) -> tuple[dict[str, Any], int, int]:
+    (batch, heads, rows, d), wish = shape, dict(config)
+    rows *= heads // kv_heads
+    sizes = fit(wish, power_of_two(rows), d, itemsize, paged, vectors)
+    tiles = triton.cdiv(rows, sizes["BLOCK_M"])
+    wanted = wish["PROGRAMS"] * 16 * multiprocessors(device) // sizes["BLOCK_M"]
+    return sizes, tiles, max(1, min(wanted // (batch * kv_heads * tiles), reach // PART_KEYS, MAX_PARTS))
+
+
+def plan(
+    q: Tensor, kv_heads: int, reach: int, paged: bool, vectors: bool = True, config: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], int, int]:
+    """(sizes, tiles of a KV head, parts of a sequence), from shapes alone; `reach`: how many keys may be seen."""
+    wish = tuple((config or config_for(q, kv_heads, reach)).items())
+    return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, reach, paged, vectors)
 
 
 def launch(
@@ -218,16 +241,12 @@ def launch(
         return out, lse
     align = alignment(q, k_cache, v_cache)
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
-    config = config or config_for(q, kv_heads, capacity)
-    group, table = heads // kv_heads, whole_table(block_table)
-    sizes = fit(config, triton.next_power_of_2(rows * group), d, q.element_size(), table is not None)
-    tiles = triton.cdiv(rows * group, sizes["BLOCK_M"])
-    parts = part_count(config["PROGRAMS"], batch * kv_heads * tiles, capacity, sizes["BLOCK_M"], q.device)
+    table = whole_table(block_table)
+    reach = capacity if window is None else min(capacity, window + rows)
+    sizes, tiles, parts = plan(q, kv_heads, reach, table is not None, align > 1, config)
     work = q.new_empty(lse.numel() * parts * (d + 2), dtype=torch.float32) if parts > 1 else None
-    lengths = lengths.contiguous()
-    q_lens = None if q_lens is None else q_lens.contiguous()
-    shared = {"WINDOW": window is not None, "GROUP": group, "D": d, "PART_KEYS": PART_KEYS}
-    d0, d1 = pieces(d)
+    lengths, q_lens = lengths.contiguous(), None if q_lens is None else q_lens.contiguous()
+    shared = {"WINDOW": window is not None, "GROUP": heads // kv_heads, "D": d, "PART_KEYS": PART_KEYS}
     with torch.cuda.device_of(q):
         _decode_kernel[(batch * kv_heads * tiles * parts,)](
             q, k_cache, v_cache, lengths, None if tree_mask is None else tree_mask.contiguous(), table, q_lens,
@@ -235,13 +254,13 @@ def launch(
             stride_qb=q.stride(0) // align, stride_qh=q.stride(1) // align, stride_qt=q.stride(2) // align, **strides,
             stride_tb=0 if table is None else table.stride(0), T=rows, kv_heads=kv_heads, tiles=tiles, parts=parts,
             capacity=capacity, pages=k_cache.shape[0], window=window or 0, SPLIT=parts > 1, PAGE=page,
-            ALIKE=k_cache.stride() == v_cache.stride(), ALIGN=align, D0=d0, D1=d1,
+            ALIKE=k_cache.stride() == v_cache.stride(), ALIGN=align,
             **scales(scale, softcap, d), **shared, **sizes,
         )  # fmt: skip
         if parts > 1:
             _merge_kernel[(lse.numel(),)](
                 work, lengths, q_lens, out, lse, rows, kv_heads, parts, capacity, window or 0,
-                WIDTH=triton.next_power_of_2(d), PARTS=triton.next_power_of_2(parts), CHUNK=MERGE,
+                WIDTH=power_of_two(d), PARTS=power_of_two(parts), CHUNK=MERGE,
                 BLOCK_N=sizes["BLOCK_N"], num_warps=2, **shared,
             )  # fmt: skip
     return out, lse
@@ -255,23 +274,24 @@ def specializations() -> Iterator[_aot.Specialization]:
     for config in _aot.configurations(SPACE, DEFAULT, []):
         cases += [(config, bf16, 128, rows, options) for rows, options in ((4, ""), (256, "tree split"))]
     for d in (64, 80, 96, 128, 256):
-        cases += [(DEFAULT, bf16, d, rows, "split") for rows in (6, 32, 256)]
+        cases += [(DEFAULT, bf16, d, rows, "split") for rows in (6, 32, 64, 256)]
     cases += [
         (DEFAULT, bf16, 128, 4, "paged split"), (DEFAULT, bf16, 128, 256, "paged tree"),
         (DEFAULT, torch.float16, 128, 8, "tree paged window softcap ragged split"),
         (DEFAULT, torch.float16, 256, 128, "window softcap ragged"),
+        *((DEFAULT, bf16, d, rows, "odd split") for d in (33, 200) for rows in (4, 256)),
         *((DEFAULT, torch.float32, d, rows, options)
           for d, rows, options in ((64, 4, ""), (128, 256, "tree split"), (256, 4, "paged"), (80, 8, "window"))),
         *((e["config"], getattr(torch, e["key"]["dtype"]), e["key"]["D"], e["key"]["rows"], "split") for e in shipped),
     ]  # fmt: skip
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, rows, options in cases:
-        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options)
+        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options, "odd" not in options)
         name = "-".join([TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _decode_kernel, *_signature(dtype, d, options), sizes)
         if "split" in options:
             constants = {
-                "WINDOW": False, "GROUP": 4, "D": d, "WIDTH": triton.next_power_of_2(d), "PARTS": MAX_PARTS,
+                "WINDOW": False, "GROUP": 4, "D": d, "WIDTH": power_of_two(d), "PARTS": MAX_PARTS,
                 "CHUNK": MERGE, "PART_KEYS": PART_KEYS, "BLOCK_N": 64,
             }  # fmt: skip
             types = {"work_ptr": "*fp32", "lengths_ptr": "*i32", "out_ptr": f"*{TYPES[dtype]}", "lse_ptr": "*fp32"}
@@ -293,6 +313,6 @@ def _signature(dtype: torch.dtype, d: int, options: str) -> tuple[dict[str, str]
     return types, {
         "SPLIT": "split" in options, "WINDOW": "window" in options, "SOFTCAP": "softcap" in options,
         "NEGATIVE": False, "PAGE": 16 if "paged" in options else 0, "ALIKE": "ragged" not in options,
-        "ALIGN": 16 // dtype.itemsize, "GROUP": 4,
+        "ALIGN": 1 if "odd" in options else 16 // dtype.itemsize, "GROUP": 4,
         "D": d, "D0": d0, "D1": d1, "PART_KEYS": PART_KEYS,
     }  # fmt: skip

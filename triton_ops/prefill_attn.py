@@ -134,8 +134,8 @@ def _prefill_kernel(
 
 
 def config_for(q: Tensor, max_q_len: int) -> dict[str, Any]:
-    """The tuned configuration for q [N, Hq, D] with sequences of up to max_q_len new rows."""
-    key = (("dtype", str(q.dtype).removeprefix("torch.")), ("D", q.shape[2]))
+    """The tuned configuration for q [N, Hq, D] with sequences of up to max_q_len new rows; fp16 has bf16's."""
+    key = (("dtype", "float32" if q.dtype == torch.float32 else "bfloat16"), ("D", q.shape[2]))
     return _tuned.lookup("prefill_attn", q.device, key, log2(max_q_len), tuple(DEFAULT.items()))
 
 
@@ -161,9 +161,10 @@ def launch(
     align = alignment(q, k_cache, v_cache)
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
     batch, group, table = lengths.shape[0], heads // kv_heads, whole_table(block_table)
-    rows, (d0, d1) = min(max_q_len, n) * group, pieces(d)
+    rows = min(max_q_len, n) * group
     few = batch * kv_heads * rows < 128 * multiprocessors(q.device)
-    sizes = fit(config or config_for(q, max_q_len), 64 if few else 128, d, q.element_size(), table is not None)
+    config = config or config_for(q, max_q_len)
+    sizes = fit(config, 64 if few else 128, d, q.element_size(), table is not None, align > 1)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     with torch.cuda.device_of(q):
         _prefill_kernel[(triton.cdiv(n, FREE_ROWS) + batch * kv_heads * tiles,)](
@@ -172,7 +173,7 @@ def launch(
             stride_tb=0 if table is None else table.stride(0), N=n, batch=batch, kv_heads=kv_heads, tiles=tiles,
             max_q_len=max_q_len, capacity=capacity, pages=k_cache.shape[0], window=window or 0,
             WINDOW=window is not None, PAGE=page, ALIKE=k_cache.stride() == v_cache.stride(), ALIGN=align, HEADS=heads,
-            GROUP=group, D=d, D0=d0, D1=d1, FREE_ROWS=FREE_ROWS, **scales(scale, softcap, d), **sizes,
+            GROUP=group, D=d, FREE_ROWS=FREE_ROWS, **scales(scale, softcap, d), **sizes,
         )  # fmt: skip
     return out, lse
 
@@ -185,12 +186,13 @@ def specializations() -> Iterator[_aot.Specialization]:
         *((config, bf16, 128, "") for config in _aot.configurations(SPACE, DEFAULT, [])),
         *((DEFAULT, bf16, d, "") for d in (64, 80, 96, 256)),
         (DEFAULT, bf16, 128, "paged"), (DEFAULT, fp16, 128, "paged window softcap"), (DEFAULT, fp16, 256, "window"),
+        (DEFAULT, bf16, 33, "odd"), (DEFAULT, bf16, 200, "odd"),
         *((DEFAULT, fp32, d, options) for d, options in ((64, ""), (128, "window"), (256, "paged"))),
         *((e["config"], getattr(torch, e["key"]["dtype"]), e["key"]["D"], "") for e in shipped),
     ]  # fmt: skip
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, options in cases:
-        sizes = fit(config, 128, d, dtype.itemsize, "paged" in options)
+        sizes = fit(config, 128, d, dtype.itemsize, "paged" in options, "odd" not in options)
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{TYPES[dtype]}")
         types |= {"starts_ptr": "*i32", "lengths_ptr": "*i32", "lse_ptr": "*fp32"} | dict.fromkeys(_SCALARS, "i32")
         types |= dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
@@ -198,8 +200,9 @@ def specializations() -> Iterator[_aot.Specialization]:
             types["table_ptr"] = "*i32"
         constants = {
             "WINDOW": "window" in options, "SOFTCAP": "softcap" in options, "NEGATIVE": False,
-            "PAGE": 16 if "paged" in options else 0, "ALIKE": True, "ALIGN": 16 // dtype.itemsize, "HEADS": 32,
-            "GROUP": 4, "D": d, "D0": pieces(d)[0], "D1": pieces(d)[1], "FREE_ROWS": FREE_ROWS,
+            "PAGE": 16 if "paged" in options else 0, "ALIKE": True,
+            "ALIGN": 1 if "odd" in options else 16 // dtype.itemsize, "HEADS": 32, "GROUP": 4,
+            "D": d, "D0": pieces(d)[0], "D1": pieces(d)[1], "FREE_ROWS": FREE_ROWS,
         }  # fmt: skip
         name = "-".join([TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _prefill_kernel, types, constants, sizes)

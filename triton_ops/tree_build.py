@@ -45,7 +45,7 @@ def _build_kernel(
 
 
 def _width(rows: int) -> int:
-    return max(WIDTHS[0], triton.next_power_of_2(rows))
+    return next(width for width in WIDTHS if width >= rows)
 
 
 def launch(parent: Tensor, *, q_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .._checks import check_dtype, check_same_device, fail
-from .._registry import Op
+from .._registry import Op, TuningCase
 from ..reference import decode_attn as reference
+from ..reference import tree_build
 from ._attention import (
     MAX_ROWS,
+    capacity,
     check_attention,
     check_cache_values,
     check_per_sequence,
@@ -72,6 +76,35 @@ def _fake(q: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _describe(
+    backend: str, q: Tensor, k_cache: Tensor, *args: object, block_table: Tensor | None = None, **kwargs: object
+) -> str:
+    if backend != "triton" or not q.numel():
+        return describe_cpu(backend)
+    from ..triton_ops import decode_attn as triton_page
+
+    paged = block_table is not None
+    sizes, tiles, parts = triton_page.plan(q, k_cache.shape[2 if paged else 1], capacity(k_cache, block_table), paged)
+    return f"{sizes}, {tiles} tiles a KV head, {parts} parts a sequence"
+
+
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    """One row at several sizes and head sizes, and trees; `key` as the kernels' config_for() makes it."""
+    for batch, rows, s, heads, kv_heads, d in (
+        (1, 1, 8192, 32, 8, 128), (32, 1, 1024, 32, 8, 128), (64, 1, 1024, 12, 2, 128), (8, 1, 8192, 32, 8, 128),
+        (64, 1, 18432, 12, 2, 128), (32, 1, 18432, 32, 8, 128), (8, 1, 8192, 32, 8, 64), (8, 1, 8192, 32, 8, 80),
+        (8, 1, 8192, 32, 8, 96), (8, 1, 8192, 16, 4, 256), (8, 16, 8192, 32, 8, 128), (1, 64, 8192, 32, 8, 128),
+        (8, 64, 8192, 32, 8, 128),
+    ):  # fmt: skip
+        q = torch.randn(batch, heads, rows, d, device=device, dtype=torch.bfloat16)
+        k, v = (torch.randn(batch, kv_heads, s, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+        lengths = torch.full((batch,), s, dtype=torch.int32, device=device)
+        chain = torch.arange(-1, rows - 1, dtype=torch.int32, device=device).expand(batch, rows)
+        mask = {} if rows == 1 else {"tree_mask": tree_build.tree_build(chain)[0]}
+        key = {"dtype": "bfloat16", "D": d, "rows": max(16, rows * heads // kv_heads)}
+        yield TuningCase(key, batch * kv_heads * s, (q, k, v, lengths), mask)
+
+
 OP = Op(
     SCHEMA,
     check=_check,
@@ -79,7 +112,8 @@ OP = Op(
     fake=_fake,
     reference=reference.decode_attn,
     triton="decode_attn",
-    describe=describe_cpu,
+    describe=_describe,
+    tuning=_tuning,
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .._checks import check_dtype, check_same_device, fail
-from .._registry import Op
+from .._registry import Op, TuningCase
 from ..reference import prefill_attn as reference
 from ._attention import (
     check_attention,
@@ -74,6 +75,24 @@ def _fake(q: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
+def _describe(backend: str, q: Tensor, *args: object, **kwargs: object) -> str:
+    if backend != "triton":
+        return describe_cpu(backend)
+    from ..triton_ops import prefill_attn as triton_page
+
+    most = args[4] if len(args) > 4 else kwargs["max_q_len"]
+    return str(triton_page.config_for(q, int(most)))  # type: ignore[call-overload]
+
+
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    for rows, s, d in ((512, 4608, 128), (2048, 6144, 128), (8192, 8192, 128), (2048, 6144, 64), (2048, 6144, 80)):
+        q = torch.randn(rows, 32, d, device=device, dtype=torch.bfloat16)
+        k, v = (torch.randn(1, 8, s, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+        starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+        lengths = torch.tensor([s], dtype=torch.int32, device=device)
+        yield TuningCase({"dtype": "bfloat16", "D": d}, rows, (q, k, v, starts, lengths, rows), {})
+
+
 OP = Op(
     SCHEMA,
     check=_check,
@@ -81,7 +100,8 @@ OP = Op(
     fake=_fake,
     reference=reference.prefill_attn,
     triton="prefill_attn",
-    describe=describe_cpu,
+    describe=_describe,
+    tuning=_tuning,
 )
 
 
