@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -55,6 +57,27 @@ def greedy():
         return out
 
     return tokens
+
+
+@pytest.fixture(scope="session")
+def same_tokens():
+    """(model, prompts, its tokens, ours): equal up to where the model itself sees two tokens as equally likely.
+
+    On a GPU another order of sums decides between logits that differ by their rounding errors.
+    """
+
+    def check(model, prompts, want, got):
+        for prompt, theirs, ours in zip(prompts, want, got, strict=True):
+            assert len(theirs) == len(ours)
+            for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+                if a != b:
+                    ids = torch.tensor([prompt + theirs[:i]], device=model.device)
+                    logits = copy.deepcopy(model).double()(ids).logits[0, -1]
+                    assert float(logits[a] - logits[b]) < 1e-5 * float(logits.abs().max()), i
+                    assert model.device.type == "cuda"
+                    break
+
+    return check
 
 
 @pytest.fixture
