@@ -175,19 +175,15 @@ def _steps(
         _prefill(text, ids, chunk)
         waiting.append(_Fetched(text.tokens[:, None]))
         launched = 1
-        while waiting:
-            if launched < max_new_tokens and not all(answer.ended for answer in answers):
+        while not all(answer.ended for answer in answers):
+            while len(waiting) <= lag and launched < max_new_tokens:
                 text.cache.reserve(text.rows + decoding.width)
                 waiting.append(_Fetched(decoding.step(text)))
                 launched += 1
-                if len(waiting) <= lag:
-                    continue
             new = [answer.take(tokens) for answer, tokens in zip(answers, waiting.popleft().lists(), strict=True)]
             if any(new):
                 yield new
             tick(min(len(answer.tokens) for answer in answers))
-            if all(answer.ended for answer in answers):
-                return
 
 
 def _prefill(text: Text, ids: list[list[int]], chunk: int) -> None:
