@@ -202,6 +202,11 @@ def test_an_edit_makes_its_own_backend_stale(
     assert {b for b, now in hashes().items() if now != before[b]} == older
 
 
+def test_an_edit_of_a_shared_part_makes_its_kernels_stale() -> None:
+    assert harness.page("decode_attn").sources("triton") == ("triton_ops/decode_attn.py", "triton_ops/_attention.py")
+    assert BENCH.sources("triton") == ("triton_ops/nf4_dequant.py",)
+
+
 def test_chunks_cover_the_whole_output() -> None:
     big = case(3, 1 << 21, torch.float16, device="cpu", blocksize=4096, dq=True)
     call = BENCH.inputs(big, CPU)

@@ -244,9 +244,18 @@ def pieces(d: int) -> tuple[int, int]:
 
 
 def fit(
-    config: dict[str, Any], most_rows: int, d: int, itemsize: int, paged: bool, vectors: bool = True
+    config: dict[str, Any],
+    most_rows: int,
+    d: int,
+    itemsize: int,
+    paged: bool,
+    vectors: bool = True,
+    masks: bool = False,
 ) -> dict[str, Any]:
-    """The sizes nearest to `config` that suit a tile of so many rows and heads of `d`: registers for all it holds."""
+    """The sizes nearest to `config` that suit a tile of so many rows and heads of `d`: registers for all it holds.
+
+    vectors: the strides allow them; masks: those of a tree's window.
+    """
     width = sum(pieces(d))
     block_m, block_n, warps = min(config["BLOCK_M"], most_rows, 16384 // power_of_two(width)), config["BLOCK_N"], 4
     block_m = max(16, block_m)
@@ -256,7 +265,7 @@ def fit(
         warps = max(config["num_warps"], min(8, power_of_two(block_m * width // 1024)))
     if not vectors:  # an address each element
         block_n = min(block_n, 32 if width <= 64 else 16)
-    while block_m * block_n * (1 + paged) > 8192 or (width > 128 and block_m * block_n > 2048):
+    while block_m * block_n * (1 + (paged or masks)) > (8192 if width <= 128 else 2048):
         block_n //= 2
     stages = config["num_stages"]
     while block_n > 16 and (stages - 1) * block_n * width * itemsize > 64 << 10:  # of keys, and as much of values

@@ -203,21 +203,31 @@ def _plan(
     reach: int,
     paged: bool,
     vectors: bool,
+    masks: bool,
 ) -> tuple[dict[str, Any], int, int]:
     (batch, heads, rows, d), wish = shape, dict(config)
     rows *= heads // kv_heads
-    sizes = fit(wish, power_of_two(rows), d, itemsize, paged, vectors)
+    sizes = fit(wish, power_of_two(rows), d, itemsize, paged, vectors, masks)
     tiles = triton.cdiv(rows, sizes["BLOCK_M"])
     wanted = wish["PROGRAMS"] * 16 * multiprocessors(device) // sizes["BLOCK_M"]
     return sizes, tiles, max(1, min(wanted // (batch * kv_heads * tiles), reach // PART_KEYS, MAX_PARTS))
 
 
 def plan(
-    q: Tensor, kv_heads: int, reach: int, paged: bool, vectors: bool = True, config: dict[str, Any] | None = None
+    q: Tensor,
+    kv_heads: int,
+    reach: int,
+    paged: bool,
+    vectors: bool = True,
+    masks: bool = False,
+    config: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], int, int]:
-    """(sizes, tiles of a KV head, parts of a sequence), from shapes alone; `reach`: how many keys may be seen."""
+    """(sizes, tiles of a KV head, parts of a sequence), from shapes alone.
+
+    reach: how many keys may be seen; vectors, masks: as fit() has them.
+    """
     wish = tuple((config or config_for(q, kv_heads, reach)).items())
-    return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, reach, paged, vectors)
+    return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, reach, paged, vectors, masks)
 
 
 def launch(
@@ -243,7 +253,8 @@ def launch(
     strides, kv_heads, capacity, page = caches(k_cache, v_cache, block_table, align)
     table = whole_table(block_table)
     reach = capacity if window is None else min(capacity, window + rows)
-    sizes, tiles, parts = plan(q, kv_heads, reach, table is not None, align > 1, config)
+    masks = tree_mask is not None and window is not None
+    sizes, tiles, parts = plan(q, kv_heads, reach, table is not None, align > 1, masks, config)
     work = q.new_empty(lse.numel() * parts * (d + 2), dtype=torch.float32) if parts > 1 else None
     lengths, q_lens = lengths.contiguous(), None if q_lens is None else q_lens.contiguous()
     shared = {"WINDOW": window is not None, "GROUP": heads // kv_heads, "D": d, "PART_KEYS": PART_KEYS}
@@ -278,6 +289,7 @@ def specializations() -> Iterator[_aot.Specialization]:
     cases += [
         (DEFAULT, bf16, 128, 4, "paged split"), (DEFAULT, bf16, 128, 256, "paged tree"),
         (DEFAULT, torch.float16, 128, 8, "tree paged window softcap ragged split"),
+        (DEFAULT, bf16, 256, 64, "paged tree"), (DEFAULT, bf16, 128, 256, "tree window softcap ragged"),
         (DEFAULT, torch.float16, 256, 128, "window softcap ragged"),
         *((DEFAULT, bf16, d, rows, "odd split") for d in (33, 200) for rows in (4, 256)),
         *((DEFAULT, torch.float32, d, rows, options)
@@ -286,7 +298,8 @@ def specializations() -> Iterator[_aot.Specialization]:
     ]  # fmt: skip
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, rows, options in cases:
-        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options, "odd" not in options)
+        masks = "tree" in options and "window" in options
+        sizes = fit(config, rows, d, dtype.itemsize, "paged" in options, "odd" not in options, masks)
         name = "-".join([TYPES[dtype], f"D{d}", *options.split(), *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _decode_kernel, *_signature(dtype, d, options), sizes)
         if "split" in options:
