@@ -270,7 +270,10 @@ def fit(
     stages = config["num_stages"]
     while block_n > 16 and (stages - 1) * block_n * width * itemsize > 64 << 10:  # of keys, and as much of values
         stages, block_n = (stages - 1, block_n) if stages > 3 else (stages, block_n // 2)
-    stages = 2 * stages - 1 if paged else stages  # entries of the table are under way as long as keys
+    if paged:  # entries of the table are under way as long as keys
+        stages = 2 * stages - 1
+        while block_n > 16 and 2 * (stages - 1) * block_n * width * itemsize > 200 << 10:
+            block_n //= 2
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
