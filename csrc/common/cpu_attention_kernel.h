@@ -11,18 +11,19 @@
 
 using V = FO_VECTOR;
 inline constexpr int kLanes = V::kLanes;
-inline constexpr bool kPairs = V::kUnits == 4;  // of bf16
-inline constexpr int kUnit = kPairs ? 2 : 1;    // elements
+inline constexpr bool kPairs = V::kUnits == 4;                                      // of bf16
+inline constexpr int kUnit = kPairs ? 2 : 1;                                        // elements
 inline constexpr int kRows = kLanes == 4 ? 4 : 6, kColumns = kLanes == 16 ? 4 : 2;  // of a product in registers
-inline constexpr int kPanel = kColumns * kLanes;                                    // keys
+inline constexpr int kFewRows = kLanes == 16 ? 6 : 3;  // that use keys and values where they lie
+inline constexpr int kPanel = kColumns * kLanes;       // keys
 
 // V, but looked into only where T is known: not every V has what pairs need.
 template <class T>
 using PairsOf = std::conditional_t<sizeof(T) != 0, V, T>;
 
 // 2^f for f from -1/2 to 1/2, relative error 2e-9 before rounding: a least-maximum fit.
-inline constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,  0.055503286f,
-                           0.009618489f, 0.0013399931f, 0.00015345812f};
+inline constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,   0.055503286f,
+                                  0.009618489f, 0.0013399931f, 0.00015345812f};
 inline constexpr float kLeastExponent = -127.0f;  // 2^it counts as 0
 // tanh(y) = y + y z P(z), z = y^2, for |y| below 1/2, relative error 2e-8.
 inline constexpr float kTanh[] = {-0.3333333f, 0.13333225f, -0.05393348f, 0.021470739f, -0.0069430512f};
@@ -325,8 +326,8 @@ FO_KERNEL void weigh_direct(const Block<T>& block, const Block<T>& next, const f
 
 // A block for kM rows, which are all there are.
 template <class T, int kM>
-FO_KERNEL void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
-                          int64_t k0) {
+FO_KERNEL void attend_these(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
+                            int64_t k0) {
   const int64_t width = round_up(tile.d, kUnit * kLanes);
   score_direct<T, kM>(block, next, at.q, tile.d, at.scores, tile.block);
   float alpha[kM];
@@ -345,6 +346,16 @@ FO_KERNEL void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>
   }
 }
 
+// A block for a tile of at most kM rows.
+template <class T, int kM>
+FO_KERNEL FO_INLINE void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
+                                    int64_t k0) {
+  if constexpr (kM > 1) {
+    if (tile.rows * tile.group < kM) return attend_few<T, kM - 1>(tile, at, block, next, k0);
+  }
+  attend_these<T, kM>(tile, at, block, next, k0);
+}
+
 using Score = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t);
 using Weigh = void (*)(const float*, int64_t, const float* const*, int64_t, int64_t, const float*, float*, int64_t);
 
@@ -358,7 +369,8 @@ template <int... kI>
 constexpr std::array<Weigh, sizeof...(kI)> weighs(std::integer_sequence<int, kI...>) {
   return {&weigh<kI / kColumns + 1, kI % kColumns + 1>...};
 }
-inline constexpr auto kWeigh = weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
+inline constexpr auto kWeigh =
+    weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
 
 // Rows r0 ... r0 + count - 1 against a block.
 template <class T>
@@ -387,13 +399,9 @@ FO_KERNEL void attend_rows(const Tile<T>& tile, const Scratch& at, int64_t r0, i
 template <class T>
 FO_KERNEL void attend_block(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
                             int64_t k0) {
-  static_assert(kFewRows == 4, "one line for each number of rows");
   const int64_t rows = tile.rows * tile.group;
-  if (rows == 1) return attend_few<T, 1>(tile, at, block, next, k0);
-  if (rows == 2) return attend_few<T, 2>(tile, at, block, next, k0);
-  if (rows == 3) return attend_few<T, 3>(tile, at, block, next, k0);
-  if (rows == 4) return attend_few<T, 4>(tile, at, block, next, k0);
-  const float* values[kMostKeys];
+  if (rows <= kFewRows) return attend_few<T, kFewRows>(tile, at, block, next, k0);
+  const float* values[kBlock];
   pack_keys(block, next, tile.d, ceil_div(tile.d, kUnit), at.keys);
   pack_values(block, tile.d, at.values, values);
   const RowGroups groups(rows, kRows);
@@ -404,8 +412,9 @@ FO_KERNEL void attend_block(const Tile<T>& tile, const Scratch& at, const Block<
   }
 }
 
+// All keys of a tile, block by block; each is fetched ahead, the first by whoever comes before.
 template <class T>
-FO_KERNEL void attend(const Tile<T>& tile, float* scratch) {
+FO_KERNEL void attend(const Tile<T>& tile, const Ahead<T>& ahead, float* scratch) {
   const int64_t rows = tile.rows * tile.group, width = round_up(tile.d, kUnit * kLanes);
   std::fill_n(tile.sums.acc, rows * width, 0.0f);
   std::fill_n(tile.sums.top, rows, -INFINITY);
@@ -417,8 +426,13 @@ FO_KERNEL void attend(const Tile<T>& tile, float* scratch) {
   blocks[0].point(tile.keys, tile.first, std::min(tile.block, tile.last - tile.first), tile.block);
   for (int64_t k0 = tile.first, i = 0; k0 < tile.last; k0 += tile.block, ++i) {
     const int64_t end = k0 + blocks[i % 2].count;
-    blocks[(i + 1) % 2].point(tile.keys, end, std::min(tile.last - end, tile.block), tile.block);
-    attend_block(tile, at, blocks[i % 2], blocks[(i + 1) % 2], k0);
+    Block<T>& next = blocks[(i + 1) % 2];
+    if (end < tile.last) {
+      next.point(tile.keys, end, std::min(tile.last - end, tile.block), tile.block);
+    } else {
+      next.point(ahead.keys, ahead.first, std::min(ahead.count, tile.block), tile.block);
+    }
+    attend_block(tile, at, blocks[i % 2], next, k0);
   }
 }
 
