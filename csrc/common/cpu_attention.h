@@ -142,11 +142,15 @@ struct Output {
 
 // What the kernels keep beside their sums; `width` is D in whole vectors of units.
 struct Scratch {
-  float *q, *keys, *values, *scores;
-  Scratch(float* at, int64_t rows, int64_t width, int64_t block)
-      : q(at), keys(q + rows * width), values(keys + block * width), scores(values + block * width) {}
+  float *q, *keys, *values, *scores, *part;
+  Scratch(float* at, int64_t rows, int64_t width, int64_t block, int64_t rows_at_once)
+      : q(at),
+        keys(q + rows * width),
+        values(keys + block * width),
+        scores(values + block * width),
+        part(scores + block * rows_at_once) {}
   static int64_t floats(int64_t rows, int64_t width, int64_t block, int64_t rows_at_once) {
-    return rows * width + block * (2 * width + rows_at_once);
+    return rows * width + block * (2 * width + rows_at_once) + rows_at_once * width;
   }
 };
 
@@ -244,7 +248,7 @@ struct Task {
   int64_t work() const { return (last - first) * rows; }
 };
 
-// Tiles of `tile_rows` rows, and chunks of them where `split`.
+// Tiles of `tile_rows` rows, and chunks of them where `split` or where a sequence has but one tile.
 inline std::vector<Task> make_tasks(const Call& call, int64_t tile_rows, bool split, int64_t* slots) {
   std::vector<Task> tasks;
   tasks.reserve(call.sequences.size());
@@ -264,7 +268,7 @@ inline std::vector<Task> make_tasks(const Call& call, int64_t tile_rows, bool sp
         }
       }
       first = std::clamp<int64_t>(first, 0, last);
-      const int64_t chunk = split ? kChunk : std::max<int64_t>(last, 1), before = first / chunk;
+      const int64_t chunk = split || s.rows <= tile_rows ? kChunk : std::max<int64_t>(last, 1), before = first / chunk;
       const int64_t parts = std::max<int64_t>(ceil_div(last, chunk) - before, 1);
       for (int64_t i = 0; i < parts; ++i) {
         tasks.push_back({&s, row, rows, std::max(first, (before + i) * chunk), std::min(last, (before + i + 1) * chunk),
@@ -391,7 +395,7 @@ extern template void run_as<float>(const Call&, bool);
 extern template void run_as<Half>(const Call&, bool);
 extern template void run_as<BFloat16>(const Call&, bool);
 
-// `split`: chunks of a tile's keys are items of their own.
+// `split`: chunks of every tile's keys are items of their own.
 inline void run(const Call& call, ScalarType type, bool split) {
   dispatch_float(type, [&](auto zero) { run_as<decltype(zero)>(call, split); });
 }
