@@ -175,14 +175,6 @@ bool any_seen(const Tile<T>& tile, int64_t from, int64_t to, int64_t first, int6
   return false;
 }
 
-// `rows` in as few groups of at most `most` as they fill, of sizes that differ by at most one.
-struct RowGroups {
-  int64_t count, size, longer;
-  RowGroups(int64_t rows, int64_t most)
-      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
-  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
-};
-
 // The kernels for one instruction set and dtype.
 template <class T>
 struct Kernels {
@@ -362,20 +354,21 @@ void run_as(const Call& call, bool split) {
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
   }
 
-  const int64_t width = round_up(call.d, kernels.width), block = most_rows <= kernels.rows ? kFewBlock : kBlock;
+  const auto block = [&](int64_t rows) { return rows <= kernels.rows ? kFewBlock : kBlock; };
+  const int64_t width = round_up(call.d, kernels.width);
   const int64_t sums = round_up(most_rows * (width + 2), 16);
   const auto sums_at = [&](float* at) { return Sums{at, at + most_rows * width, at + most_rows * (width + 1)}; };
   std::optional<Buffer> partial;
   if (slots) partial.emplace(slots * call.kv_heads * sums);
   const std::unique_ptr<std::atomic<int32_t>[]> done(slots ? new std::atomic<int32_t>[slots * call.kv_heads]()
                                                            : nullptr);
-  take_items(items, threads, sums + Scratch::floats(most_rows, width, block, kernels.rows),
+  take_items(items, threads, sums + Scratch::floats(most_rows, width, block(most_rows), kernels.rows),
              [&](int64_t i, int64_t after, float* own) {
                const Task& task = tasks[i / call.kv_heads];
                const int64_t head = i % call.kv_heads, first = head * slots + task.slot;
                const bool whole = task.parts == 1;
                Tile<T> tile = make_tile<T>(call, task, head);
-               tile.block = block;
+               tile.block = block(task.rows * call.group);
                tile.sums = sums_at(whole ? own : partial->get() + (first + task.part) * sums);
                Ahead<T> ahead{tile.keys, tile.last, 0};
                if (after < items) {

@@ -473,7 +473,7 @@ FO_KERNEL void finish(const Output<T>& to, const Sums& sums, int64_t parts, int6
     for (int64_t i = 0; i < parts; ++i) top = std::max(top, sums.top[i * part_stride + r]);
     const float base = top == -INFINITY ? 0.0f : top;
     float sum = 0.0f;
-    V::F row[kMaxHead / kLanes];  // whose vectors are those of acc
+    V::F row[kMaxHead / kLanes];
     for (int64_t i = 0; i < parts; ++i) {
       const V::F weight = exp2(V::set(sums.top[i * part_stride + r] - base));
       float lanes[kLanes];
@@ -485,10 +485,10 @@ FO_KERNEL void finish(const Output<T>& to, const Sums& sums, int64_t parts, int6
         row[c] = i ? V::add(row[c], some) : some;
       }
     }
-    const V::F factor = V::set(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const V::F factor = V::set(1.0f / sum);
     T* out = to.out + r / to.group * to.stride.row + r % to.group * to.stride.head;
     for (int64_t c = 0; c < to.d; c += kLanes) {
-      const V::F v = V::mul(row[c / kLanes], factor);
+      const V::F v = sum == 0.0f ? V::zero() : V::mul(row[c / kLanes], factor);
       if (c + kLanes <= to.d) {
         V::store_as(out + c, v);
       } else {

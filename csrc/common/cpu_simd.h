@@ -6,6 +6,7 @@
 // cpu_attention_kernel.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/cpu_convert.h"
@@ -14,6 +15,18 @@
 #if defined(FASTOPS_X86)
 #include <immintrin.h>
 #endif
+
+namespace fastops {
+
+// `rows` in as few groups of at most `most` as they fill, of sizes that differ by at most one.
+struct RowGroups {
+  int64_t count, size, longer;
+  RowGroups(int64_t rows, int64_t most)
+      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
+  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
+};
+
+}  // namespace fastops
 
 namespace fastops::simd {
 
