@@ -19,8 +19,8 @@ inline std::string float_string(double value) {
   const double size = std::fabs(value);
   const bool fixed = size == 0 || (size >= 1e-4 && size < 1e16);
   char text[64];
-  const auto end = std::to_chars(text, text + sizeof(text), value,
-                                 fixed ? std::chars_format::fixed : std::chars_format::scientific);
+  const auto end =
+      std::to_chars(text, text + sizeof(text), value, fixed ? std::chars_format::fixed : std::chars_format::scientific);
   std::string out(text, end.ptr);
   if (fixed && out.find('.') == std::string::npos) out += ".0";
   return out;
@@ -33,8 +33,8 @@ inline void check_sizes(const char* op, const char* name, const Tensor& t, const
 // Rows are read in whole vectors.
 inline void check_last_dim(const char* op, const char* name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  FO_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op, name, " must be contiguous in its last dimension, got strides ",
-           shape_string(t.strides()));
+  FO_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op, name,
+           " must be contiguous in its last dimension, got strides ", shape_string(t.strides()));
 }
 
 // [B] int32.

@@ -20,11 +20,10 @@
 
 namespace fastops::attention {
 
-constexpr int64_t kMostKeys = 256;   // in a block
-constexpr int64_t kFewRows = 4;      // rows that use keys and values where they lie
-constexpr int64_t kTileRows = 128;   // times heads: a tile has fewer where it can
-constexpr int64_t kChunk = 512;      // keys of an item of a sequence that is split
-constexpr int64_t kGrain = 1 << 17;  // work of a thread, see run()
+constexpr int64_t kBlock = 128, kFewBlock = 64;  // keys at a time, of many rows and of few
+constexpr int64_t kTileRows = 128;               // times heads: a tile has fewer where it can
+constexpr int64_t kChunk = 512;                  // keys of an item of a sequence that is split
+constexpr int64_t kGrain = 1 << 17;              // work of a thread, see run()
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -36,10 +35,10 @@ struct Sight {
 
 // One sequence of a call; offsets in elements.
 struct Sequence {
-  int64_t rows, place;    // of the results; of the first new row
-  int64_t cache;          // the index of its contiguous cache, or of its row of the block table
-  int64_t q, out, lse;    // where its rows begin
-  int64_t sights;         // where in Call::sights those of its rows begin
+  int64_t rows, place;  // of the results; of the first new row
+  int64_t cache;        // the index of its contiguous cache, or of its row of the block table
+  int64_t q, out, lse;  // where its rows begin
+  int64_t sights;       // where in Call::sights those of its rows begin
 };
 
 struct Strides {
@@ -74,7 +73,7 @@ struct Keys {
 template <class T>
 struct Block {
   int64_t count = 0;
-  const T *k[kMostKeys], *v[kMostKeys];
+  const T *k[kBlock], *v[kBlock];
 
   // Those of `some` keys from `first` on, and up to `most` of any.
   void point(const Keys<T>& keys, int64_t first, int64_t some, int64_t most) {
@@ -125,6 +124,13 @@ struct Tile {
   Sums sums;
 };
 
+// The keys that a thread goes on to: `count` from `first` on.
+template <class T>
+struct Ahead {
+  Keys<T> keys;
+  int64_t first, count;
+};
+
 template <class T>
 struct Output {
   T* out;
@@ -136,11 +142,15 @@ struct Output {
 
 // What the kernels keep beside their sums; `width` is D in whole vectors of units.
 struct Scratch {
-  float *q, *keys, *values, *scores;
-  Scratch(float* at, int64_t rows, int64_t width, int64_t block)
-      : q(at), keys(q + rows * width), values(keys + block * width), scores(values + block * width) {}
+  float *q, *keys, *values, *scores, *part;
+  Scratch(float* at, int64_t rows, int64_t width, int64_t block, int64_t rows_at_once)
+      : q(at),
+        keys(q + rows * width),
+        values(keys + block * width),
+        scores(values + block * width),
+        part(scores + block * rows_at_once) {}
   static int64_t floats(int64_t rows, int64_t width, int64_t block, int64_t rows_at_once) {
-    return rows * width + block * (2 * width + rows_at_once);
+    return rows * width + block * (2 * width + rows_at_once) + rows_at_once * width;
   }
 };
 
@@ -165,19 +175,11 @@ bool any_seen(const Tile<T>& tile, int64_t from, int64_t to, int64_t first, int6
   return false;
 }
 
-// `rows` in as few groups of at most `most` as they fill, of sizes that differ by at most one.
-struct RowGroups {
-  int64_t count, size, longer;
-  RowGroups(int64_t rows, int64_t most)
-      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
-  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
-};
-
 // The kernels for one instruction set and dtype.
 template <class T>
 struct Kernels {
   int64_t width, rows;  // of a vector of units, in elements; of a product in registers
-  void (*attend)(const Tile<T>&, float* scratch);
+  void (*attend)(const Tile<T>&, const Ahead<T>&, float* scratch);
   void (*finish)(const Output<T>&, const Sums&, int64_t parts, int64_t part_stride);
 };
 
@@ -238,7 +240,7 @@ struct Task {
   int64_t work() const { return (last - first) * rows; }
 };
 
-// Tiles of `tile_rows` rows, and chunks of them where `split`.
+// Tiles of `tile_rows` rows, and chunks of them where `split` or where a sequence has but one tile.
 inline std::vector<Task> make_tasks(const Call& call, int64_t tile_rows, bool split, int64_t* slots) {
   std::vector<Task> tasks;
   tasks.reserve(call.sequences.size());
@@ -258,7 +260,7 @@ inline std::vector<Task> make_tasks(const Call& call, int64_t tile_rows, bool sp
         }
       }
       first = std::clamp<int64_t>(first, 0, last);
-      const int64_t chunk = split ? kChunk : std::max<int64_t>(last, 1), before = first / chunk;
+      const int64_t chunk = split || s.rows <= tile_rows ? kChunk : std::max<int64_t>(last, 1), before = first / chunk;
       const int64_t parts = std::max<int64_t>(ceil_div(last, chunk) - before, 1);
       for (int64_t i = 0; i < parts; ++i) {
         tasks.push_back({&s, row, rows, std::max(first, (before + i) * chunk), std::min(last, (before + i + 1) * chunk),
@@ -271,23 +273,28 @@ inline std::vector<Task> make_tasks(const Call& call, int64_t tile_rows, bool sp
 }
 
 template <class T>
+Keys<T> make_keys(const Call& call, const Sequence& s, int64_t head) {
+  const int64_t cache = call.table ? 0 : s.cache;
+  return {static_cast<const T*>(call.k) + cache * call.k_stride[0] + head * call.k_stride[1],
+          static_cast<const T*>(call.v) + cache * call.v_stride[0] + head * call.v_stride[1],
+          call.k_stride[2],
+          call.v_stride[2],
+          call.k_stride[0],
+          call.v_stride[0],
+          call.table ? call.table + s.cache * call.table_row : nullptr,
+          call.page_rows};
+}
+
+template <class T>
 Tile<T> make_tile(const Call& call, const Task& task, int64_t head) {
   const Sequence& s = *task.sequence;
-  const int64_t cache = call.table ? 0 : s.cache;
   Tile<T> tile{};
   tile.q = static_cast<const T*>(call.q) + s.q + task.row * call.q_stride.row + head * call.group * call.q_stride.head;
   tile.q_stride = call.q_stride;
   tile.rows = task.rows;
   tile.group = call.group;
   tile.d = call.d;
-  tile.keys = {static_cast<const T*>(call.k) + cache * call.k_stride[0] + head * call.k_stride[1],
-               static_cast<const T*>(call.v) + cache * call.v_stride[0] + head * call.v_stride[1],
-               call.k_stride[2],
-               call.v_stride[2],
-               call.k_stride[0],
-               call.v_stride[0],
-               call.table ? call.table + s.cache * call.table_row : nullptr,
-               call.page_rows};
+  tile.keys = make_keys<T>(call, s, head);
   tile.first = task.first;
   tile.last = task.last;
   tile.sights = &call.sights[s.sights + task.row];
@@ -310,13 +317,18 @@ Output<T> make_output(const Call& call, const Task& task, int64_t head) {
           call.d};
 }
 
-// `work(i)` for items 0 ... count - 1, each by the thread that is free first; `scratch` floats for each thread.
+// `work(i, after)` for items 0 ... count - 1, each by the thread that is free first, which then knows what it does
+// after that (`count`: nothing); `scratch` floats for each thread.
 template <class F>
 void take_items(int64_t count, int64_t threads, int64_t scratch, const F& work) {
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> taken{0};
   const auto loop = [&](int64_t, int64_t) {
     const ThreadBuffer buffer(scratch);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, buffer.get());
+    const auto take = [&] { return std::min(taken.fetch_add(1, std::memory_order_relaxed), count); };
+    for (int64_t i = take(), after; i < count; i = after) {
+      after = take();
+      work(i, after, buffer.get());
+    }
   };
   threads > 1 ? torch::stable::parallel_for(0, threads, 1, loop) : loop(0, 1);
 }
@@ -335,29 +347,40 @@ void run_as(const Call& call, bool split) {
   }
   const int64_t items = static_cast<int64_t>(tasks.size()) * call.kv_heads;
   const int64_t threads =
-      work < 2 * kGrain ? 1 : std::min<int64_t>({torch::stable::get_num_threads(), items, static_cast<int64_t>(work) / kGrain});
+      work < 2 * kGrain
+          ? 1
+          : std::min<int64_t>({torch::stable::get_num_threads(), items, static_cast<int64_t>(work) / kGrain});
   if (threads > 1) {  // the longest first
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
   }
 
-  const int64_t width = round_up(call.d, kernels.width), block = most_rows <= kernels.rows ? 64 : 128;
+  const auto block = [&](int64_t rows) { return rows <= kernels.rows ? kFewBlock : kBlock; };
+  const int64_t width = round_up(call.d, kernels.width);
   const int64_t sums = round_up(most_rows * (width + 2), 16);
   const auto sums_at = [&](float* at) { return Sums{at, at + most_rows * width, at + most_rows * (width + 1)}; };
   std::optional<Buffer> partial;
   if (slots) partial.emplace(slots * call.kv_heads * sums);
-  const std::unique_ptr<std::atomic<int32_t>[]> done(slots ? new std::atomic<int32_t>[slots * call.kv_heads]() : nullptr);
-  take_items(items, threads, sums + Scratch::floats(most_rows, width, block, kernels.rows), [&](int64_t i, float* own) {
-    const Task& task = tasks[i / call.kv_heads];
-    const int64_t head = i % call.kv_heads, first = head * slots + task.slot;
-    const bool whole = task.parts == 1;
-    Tile<T> tile = make_tile<T>(call, task, head);
-    tile.block = block;
-    tile.sums = sums_at(whole ? own : partial->get() + (first + task.part) * sums);
-    kernels.attend(tile, own + sums);
-    if (!whole && done[first].fetch_add(1, std::memory_order_acq_rel) + 1 < task.parts) return;
-    const Sums parts = whole ? tile.sums : sums_at(partial->get() + first * sums);
-    kernels.finish(make_output<T>(call, task, head), parts, task.parts, sums);
-  });
+  const std::unique_ptr<std::atomic<int32_t>[]> done(slots ? new std::atomic<int32_t>[slots * call.kv_heads]()
+                                                           : nullptr);
+  take_items(items, threads, sums + Scratch::floats(most_rows, width, block(most_rows), kernels.rows),
+             [&](int64_t i, int64_t after, float* own) {
+               const Task& task = tasks[i / call.kv_heads];
+               const int64_t head = i % call.kv_heads, first = head * slots + task.slot;
+               const bool whole = task.parts == 1;
+               Tile<T> tile = make_tile<T>(call, task, head);
+               tile.block = block(task.rows * call.group);
+               tile.sums = sums_at(whole ? own : partial->get() + (first + task.part) * sums);
+               Ahead<T> ahead{tile.keys, tile.last, 0};
+               if (after < items) {
+                 const Task& then = tasks[after / call.kv_heads];
+                 ahead = {make_keys<T>(call, *then.sequence, after % call.kv_heads), then.first,
+                          then.last - then.first};
+               }
+               kernels.attend(tile, ahead, own + sums);
+               if (!whole && done[first].fetch_add(1, std::memory_order_acq_rel) + 1 < task.parts) return;
+               const Sums parts = whole ? tile.sums : sums_at(partial->get() + first * sums);
+               kernels.finish(make_output<T>(call, task, head), parts, task.parts, sums);
+             });
 }
 
 // Instantiated in csrc/cpu/decode_attn.cpp, once for both ops.
@@ -365,7 +388,7 @@ extern template void run_as<float>(const Call&, bool);
 extern template void run_as<Half>(const Call&, bool);
 extern template void run_as<BFloat16>(const Call&, bool);
 
-// `split`: chunks of a tile's keys are items of their own.
+// `split`: chunks of every tile's keys are items of their own.
 inline void run(const Call& call, ScalarType type, bool split) {
   dispatch_float(type, [&](auto zero) { run_as<decltype(zero)>(call, split); });
 }

@@ -11,18 +11,24 @@
 
 using V = FO_VECTOR;
 inline constexpr int kLanes = V::kLanes;
-inline constexpr bool kPairs = V::kUnits == 4;  // of bf16
-inline constexpr int kUnit = kPairs ? 2 : 1;    // elements
+inline constexpr bool kPairs = V::kUnits == 4;                                      // of bf16
+inline constexpr int kUnit = kPairs ? 2 : 1;                                        // elements
 inline constexpr int kRows = kLanes == 4 ? 4 : 6, kColumns = kLanes == 16 ? 4 : 2;  // of a product in registers
-inline constexpr int kPanel = kColumns * kLanes;                                    // keys
+inline constexpr int kFewRows = kLanes == 16 ? 6 : 3;  // that use keys and values where they lie
+inline constexpr int kPanel = kColumns * kLanes;       // keys
+
+// Units that are added up one after the other before their sum joins the others: rounding errors of a long chain of
+// like terms all have one sign. Sums that are rounded to 16 bits hide them, scores (`float`) do not.
+template <class T>
+inline constexpr int64_t kChain = std::is_same_v<T, float> ? 32 : kBlock;
 
 // V, but looked into only where T is known: not every V has what pairs need.
 template <class T>
 using PairsOf = std::conditional_t<sizeof(T) != 0, V, T>;
 
 // 2^f for f from -1/2 to 1/2, relative error 2e-9 before rounding: a least-maximum fit.
-inline constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,  0.055503286f,
-                           0.009618489f, 0.0013399931f, 0.00015345812f};
+inline constexpr float kExp2[] = {1.0f,         0.6931472f,    0.24022646f,   0.055503286f,
+                                  0.009618489f, 0.0013399931f, 0.00015345812f};
 inline constexpr float kLeastExponent = -127.0f;  // 2^it counts as 0
 // tanh(y) = y + y z P(z), z = y^2, for |y| below 1/2, relative error 2e-8.
 inline constexpr float kTanh[] = {-0.3333333f, 0.13333225f, -0.05393348f, 0.021470739f, -0.0069430512f};
@@ -134,9 +140,10 @@ FO_KERNEL void pack_values(const Block<T>& block, int64_t d, float* to, const fl
   }
 }
 
-// s[m][key] = q[m] . k[key] over a panel.
+// s[m][key] = q[m] . k[key] over a panel and some units; added to what stands there where `more`.
 template <int kM>
-FO_KERNEL void score(const float* q, int64_t q_stride, int64_t units, const float* panel, float* s, int64_t s_stride) {
+FO_KERNEL void score(const float* q, int64_t q_stride, int64_t units, const float* panel, bool more, float* s,
+                     int64_t s_stride) {
   V::F sums[kM][kColumns];
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) {
@@ -157,14 +164,18 @@ FO_KERNEL void score(const float* q, int64_t q_stride, int64_t units, const floa
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) V::store(s + m * s_stride + n * kLanes, sums[m][n]);
+    for (int n = 0; n < kColumns; ++n) {
+      float* to = s + m * s_stride + n * kLanes;
+      V::store(to, more ? V::add(V::load(to), sums[m][n]) : sums[m][n]);
+    }
   }
 }
 
-// acc[m] = acc[m] * alpha[m] + sum over units of p[m][unit] * rows[unit], for kN vectors of columns.
+// to[m] = sum over units of p[m][unit] * rows[unit], for kN vectors of columns, plus more[m] and to[m] * alpha[m] where
+// they are given.
 template <int kM, int kN>
 FO_KERNEL void weigh(const float* p, int64_t p_stride, const float* const* rows, int64_t column, int64_t units,
-                     const float* alpha, float* acc, int64_t width) {
+                     const float* more, const float* alpha, float* to, int64_t width) {
   V::F sums[kM][kN];
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) {
@@ -185,11 +196,13 @@ FO_KERNEL void weigh(const float* p, int64_t p_stride, const float* const* rows,
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) {
-    const V::F factor = V::broadcast(alpha + m);
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
-      float* to = acc + m * width + column + n * kLanes;
-      V::store(to, V::fma(V::load(to), factor, sums[m][n]));
+      const int64_t at = m * width + column + n * kLanes;
+      V::F sum = sums[m][n];
+      if (more) sum = V::add(sum, V::load(more + at));
+      if (alpha) sum = V::fma(V::load(to + at), V::broadcast(alpha + m), sum);
+      V::store(to + at, sum);
     }
   }
 }
@@ -280,10 +293,11 @@ FO_KERNEL void score_direct(const Block<T>& block, const Block<T>& next, const f
   }
 }
 
-// Few rows: weigh() straight from where the values lie, for kN vectors of units.
+// Few rows: acc[m] = acc[m] * alpha[m] + sum over units first ... last - 1, straight from where the values lie.
 template <class T, int kM, int kN>
-FO_KERNEL void weigh_direct(const Block<T>& block, const Block<T>& next, const float* p, int64_t p_stride,
-                            int64_t column, int64_t d, const float* alpha, float* acc, int64_t width) {
+FO_KERNEL void weigh_direct(const Block<T>& block, const Block<T>& next, int64_t first, int64_t last, const float* p,
+                            int64_t p_stride, int64_t column, int64_t d, const float* alpha, float* acc,
+                            int64_t width) {
   constexpr int kVectors = kN * kUnit;
   V::F sums[kM][kVectors];
 #pragma GCC unroll 8
@@ -291,18 +305,18 @@ FO_KERNEL void weigh_direct(const Block<T>& block, const Block<T>& next, const f
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) sums[m][n] = V::zero();
   }
-  for (int64_t u = 0; u < ceil_div(block.count, kUnit); ++u) {
+  for (int64_t u = first; u < last; ++u) {
     V::F values[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
       const int64_t c = column + n * kUnit * kLanes;
       __builtin_prefetch(next.v[u * kUnit] + c, 0, 2);
-      const V::W first = load_units(block.v[u * kUnit] + c, d - c);
+      const V::W some = load_units(block.v[u * kUnit] + c, d - c);
       if constexpr (kPairs) {
         __builtin_prefetch(next.v[2 * u + 1] + c, 0, 2);
-        PairsOf<T>::interleave(first, load_units(block.v[2 * u + 1] + c, d - c), values[2 * n], values[2 * n + 1]);
+        PairsOf<T>::interleave(some, load_units(block.v[2 * u + 1] + c, d - c), values[2 * n], values[2 * n + 1]);
       } else {
-        values[n] = V::as_floats(first);
+        values[n] = V::as_floats(some);
       }
     }
 #pragma GCC unroll 8
@@ -325,8 +339,8 @@ FO_KERNEL void weigh_direct(const Block<T>& block, const Block<T>& next, const f
 
 // A block for kM rows, which are all there are.
 template <class T, int kM>
-FO_KERNEL void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
-                          int64_t k0) {
+FO_KERNEL void attend_these(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
+                            int64_t k0) {
   const int64_t width = round_up(tile.d, kUnit * kLanes);
   score_direct<T, kM>(block, next, at.q, tile.d, at.scores, tile.block);
   float alpha[kM];
@@ -334,6 +348,9 @@ FO_KERNEL void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>
     alpha[m] = softmax(tile, tile.sights[m / tile.group], k0, block.count, at.scores + m * tile.block,
                        tile.sums.top + m, tile.sums.sum + m);
   }
+  float ones[kM];
+  std::fill_n(ones, kM, 1.0f);
+  const int64_t units = ceil_div(block.count, kUnit);
   constexpr int kMost = kColumns / kUnit;
   for (int64_t c = 0; c < width; c += kMost * kUnit * kLanes) {
     const int64_t vectors = std::min<int64_t>((width - c) / (kUnit * kLanes), kMost);
@@ -341,12 +358,26 @@ FO_KERNEL void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>
                             : vectors == 3 ? &weigh_direct<T, kM, std::min(3, kMost)>
                             : vectors == 2 ? &weigh_direct<T, kM, 2>
                                            : &weigh_direct<T, kM, 1>;
-    weigh_some(block, next, at.scores, tile.block, c, tile.d, alpha, tile.sums.acc, width);
+    for (int64_t u = 0; u < units; u += kChain<T>) {
+      weigh_some(block, next, u, std::min(u + kChain<T>, units), at.scores, tile.block, c, tile.d, u ? ones : alpha,
+                 tile.sums.acc, width);
+    }
   }
 }
 
-using Score = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t);
-using Weigh = void (*)(const float*, int64_t, const float* const*, int64_t, int64_t, const float*, float*, int64_t);
+// A block for a tile of at most kM rows.
+template <class T, int kM>
+FO_KERNEL FO_INLINE void attend_few(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
+                                    int64_t k0) {
+  if constexpr (kM > 1) {
+    if (tile.rows * tile.group < kM) return attend_few<T, kM - 1>(tile, at, block, next, k0);
+  }
+  attend_these<T, kM>(tile, at, block, next, k0);
+}
+
+using Score = void (*)(const float*, int64_t, int64_t, const float*, bool, float*, int64_t);
+using Weigh = void (*)(const float*, int64_t, const float* const*, int64_t, int64_t, const float*, const float*, float*,
+                       int64_t);
 
 template <int... kM>
 constexpr std::array<Score, sizeof...(kM)> scores(std::integer_sequence<int, kM...>) {
@@ -358,7 +389,8 @@ template <int... kI>
 constexpr std::array<Weigh, sizeof...(kI)> weighs(std::integer_sequence<int, kI...>) {
   return {&weigh<kI / kColumns + 1, kI % kColumns + 1>...};
 }
-inline constexpr auto kWeigh = weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
+inline constexpr auto kWeigh =
+    weighs(std::make_integer_sequence<int, kRows * kColumns>());  // [(rows - 1) kColumns + n - 1]
 
 // Rows r0 ... r0 + count - 1 against a block.
 template <class T>
@@ -367,7 +399,10 @@ FO_KERNEL void attend_rows(const Tile<T>& tile, const Scratch& at, int64_t r0, i
   const int64_t units = ceil_div(tile.d, kUnit), q_stride = round_up(units, kLanes);
   const int64_t width = round_up(tile.d, kUnit * kLanes);
   for (int64_t j = 0; j < keys; j += kPanel) {
-    kScore[count - 1](at.q + r0 * q_stride, q_stride, units, at.keys + j * units, at.scores + j, tile.block);
+    for (int64_t u = 0; u < units; u += kChain<float>) {
+      kScore[count - 1](at.q + r0 * q_stride + u, q_stride, std::min(kChain<float>, units - u),
+                        at.keys + j * units + u * kPanel, u > 0, at.scores + j, tile.block);
+    }
   }
   float alpha[kRows];
   for (int m = 0; m < count; ++m) {
@@ -375,11 +410,16 @@ FO_KERNEL void attend_rows(const Tile<T>& tile, const Scratch& at, int64_t r0, i
     alpha[m] = softmax(tile, tile.sights[r / tile.group], k0, keys, at.scores + m * tile.block, tile.sums.top + r,
                        tile.sums.sum + r);
   }
+  const int64_t p_units = ceil_div(keys, kUnit);
   const RowGroups columns(ceil_div(tile.d, kLanes), kColumns);
   for (int64_t c = 0; c < columns.count; ++c) {
     const int64_t first = columns.start(c), some = columns.start(c + 1) - first;
-    kWeigh[(count - 1) * kColumns + some - 1](at.scores, tile.block, values, first * kLanes, ceil_div(keys, kUnit),
-                                              alpha, tile.sums.acc + r0 * width, width);
+    const Weigh weigh_some = kWeigh[(count - 1) * kColumns + some - 1];
+    for (int64_t u = 0; u < p_units; u += kChain<T>) {
+      const bool last = u + kChain<T> >= p_units;
+      weigh_some(at.scores + u, tile.block, values + u, first * kLanes, std::min(kChain<T>, p_units - u),
+                 u ? at.part : nullptr, last ? alpha : nullptr, last ? tile.sums.acc + r0 * width : at.part, width);
+    }
   }
 }
 
@@ -387,13 +427,9 @@ FO_KERNEL void attend_rows(const Tile<T>& tile, const Scratch& at, int64_t r0, i
 template <class T>
 FO_KERNEL void attend_block(const Tile<T>& tile, const Scratch& at, const Block<T>& block, const Block<T>& next,
                             int64_t k0) {
-  static_assert(kFewRows == 4, "one line for each number of rows");
   const int64_t rows = tile.rows * tile.group;
-  if (rows == 1) return attend_few<T, 1>(tile, at, block, next, k0);
-  if (rows == 2) return attend_few<T, 2>(tile, at, block, next, k0);
-  if (rows == 3) return attend_few<T, 3>(tile, at, block, next, k0);
-  if (rows == 4) return attend_few<T, 4>(tile, at, block, next, k0);
-  const float* values[kMostKeys];
+  if (rows <= kFewRows) return attend_few<T, kFewRows>(tile, at, block, next, k0);
+  const float* values[kBlock];
   pack_keys(block, next, tile.d, ceil_div(tile.d, kUnit), at.keys);
   pack_values(block, tile.d, at.values, values);
   const RowGroups groups(rows, kRows);
@@ -404,21 +440,27 @@ FO_KERNEL void attend_block(const Tile<T>& tile, const Scratch& at, const Block<
   }
 }
 
+// All keys of a tile, block by block; each is fetched ahead, the first by whoever comes before.
 template <class T>
-FO_KERNEL void attend(const Tile<T>& tile, float* scratch) {
+FO_KERNEL void attend(const Tile<T>& tile, const Ahead<T>& ahead, float* scratch) {
   const int64_t rows = tile.rows * tile.group, width = round_up(tile.d, kUnit * kLanes);
   std::fill_n(tile.sums.acc, rows * width, 0.0f);
   std::fill_n(tile.sums.top, rows, -INFINITY);
   std::fill_n(tile.sums.sum, rows, 0.0f);
   if (tile.first >= tile.last) return;
-  const Scratch at(scratch, rows, width, tile.block);
+  const Scratch at(scratch, rows, width, tile.block, kRows);
   pack_query(tile, at.q);
   Block<T> blocks[2];
   blocks[0].point(tile.keys, tile.first, std::min(tile.block, tile.last - tile.first), tile.block);
   for (int64_t k0 = tile.first, i = 0; k0 < tile.last; k0 += tile.block, ++i) {
     const int64_t end = k0 + blocks[i % 2].count;
-    blocks[(i + 1) % 2].point(tile.keys, end, std::min(tile.last - end, tile.block), tile.block);
-    attend_block(tile, at, blocks[i % 2], blocks[(i + 1) % 2], k0);
+    Block<T>& next = blocks[(i + 1) % 2];
+    if (end < tile.last) {
+      next.point(tile.keys, end, std::min(tile.last - end, tile.block), tile.block);
+    } else {
+      next.point(ahead.keys, ahead.first, std::min(ahead.count, tile.block), tile.block);
+    }
+    attend_block(tile, at, blocks[i % 2], next, k0);
   }
 }
 
@@ -431,7 +473,7 @@ FO_KERNEL void finish(const Output<T>& to, const Sums& sums, int64_t parts, int6
     for (int64_t i = 0; i < parts; ++i) top = std::max(top, sums.top[i * part_stride + r]);
     const float base = top == -INFINITY ? 0.0f : top;
     float sum = 0.0f;
-    V::F row[kMaxHead / kLanes];  // whose vectors are those of acc
+    V::F row[kMaxHead / kLanes];
     for (int64_t i = 0; i < parts; ++i) {
       const V::F weight = exp2(V::set(sums.top[i * part_stride + r] - base));
       float lanes[kLanes];
@@ -443,10 +485,10 @@ FO_KERNEL void finish(const Output<T>& to, const Sums& sums, int64_t parts, int6
         row[c] = i ? V::add(row[c], some) : some;
       }
     }
-    const V::F factor = V::set(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const V::F factor = V::set(1.0f / sum);
     T* out = to.out + r / to.group * to.stride.row + r % to.group * to.stride.head;
     for (int64_t c = 0; c < to.d; c += kLanes) {
-      const V::F v = V::mul(row[c / kLanes], factor);
+      const V::F v = sum == 0.0f ? V::zero() : V::mul(row[c / kLanes], factor);
       if (c + kLanes <= to.d) {
         V::store_as(out + c, v);
       } else {

@@ -1,11 +1,12 @@
 // The vector operations that the CPU products and attention are written in, once for each instruction set. F holds
-// kLanes floats and W as many 32-bit words, of packed codes say. What a product multiplies is a *unit*: 32 bits that lie
-// in a lane of an F, one float, or (Avx512Bf16) two bf16 that a single instruction multiplies and adds. A word of 8
-// codes makes kUnits units. Code i of a word stands in its bits 4i: in memory order that is weight i ^ 1, since the high
-// nibble comes first. Every function is inlined into kernels of the same target; see cpu_nf4_product.h and
+// kLanes floats and W as many 32-bit words, of packed codes say. What a product multiplies is a *unit*: 32 bits that
+// lie in a lane of an F, one float, or (Avx512Bf16) two bf16 that a single instruction multiplies and adds. A word of 8
+// codes makes kUnits units. Code i of a word stands in its bits 4i: in memory order that is weight i ^ 1, since the
+// high nibble comes first. Every function is inlined into kernels of the same target; see cpu_nf4_product.h and
 // cpu_attention_kernel.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/cpu_convert.h"
@@ -14,6 +15,18 @@
 #if defined(FASTOPS_X86)
 #include <immintrin.h>
 #endif
+
+namespace fastops {
+
+// `rows` in as few groups of at most `most` as they fill, of sizes that differ by at most one.
+struct RowGroups {
+  int64_t count, size, longer;
+  RowGroups(int64_t rows, int64_t most)
+      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
+  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
+};
+
+}  // namespace fastops
 
 namespace fastops::simd {
 
@@ -122,9 +135,7 @@ struct Scalar {
   }
   FO_INLINE static F below(F v, float limit, F a, F b) { return v < set(limit) ? a : b; }
   // 2^n for n + kToInteger, n from -127 (which gives 0) to 127.
-  FO_INLINE static F power_of_two(F shifted) {
-    return reinterpret_cast<F>((reinterpret_cast<W>(shifted) + 127) << 23);
-  }
+  FO_INLINE static F power_of_two(F shifted) { return reinterpret_cast<F>((reinterpret_cast<W>(shifted) + 127) << 23); }
 };
 
 #if defined(FASTOPS_X86)
@@ -390,8 +401,9 @@ struct Avx512Bf16 : Avx512 {
   }
   // Pairs (a[i], b[i]) of the 2 kLanes bf16 of each: the lower half of them and the upper.
   FO_SIMD void interleave(W a, W b, F& low, F& high) {
-    const __m512i index = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
-                                      0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
+    const __m512i index =
+        _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007, 0x280008,
+                          0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
     low = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, index, b));
     const __m512i later = _mm512_add_epi16(index, _mm512_set1_epi16(16));
     high = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, later, b));

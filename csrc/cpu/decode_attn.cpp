@@ -1,8 +1,8 @@
 // decode_attn: out = softmax(scale q k^T) v of the newest rows of each sequence over its KV cache, and the log of the
 // sum.
-// Floor at B 8, S 1024, 9 heads on 3, D 64, T 1: K and V of 12.6 MB in fp32, 6.3 MB in bf16, 0.45 and 0.22 ms at 28 GB/s
-// (copy, 2 threads); 19 Mflop, 0.08 ms at 235 Gflop/s: bytes-bound up to about 16 rows times heads of a KV head. So K
-// and V are read once for all of them, and the next block is fetched while one is worked on; more rows are a small
+// Floor at B 8, S 1024, 9 heads on 3, D 64, T 1: K and V of 12.6 MB in fp32, 6.3 MB in bf16, 0.45 and 0.22 ms at 28
+// GB/s (copy, 2 threads); 19 Mflop, 0.08 ms at 235 Gflop/s: bytes-bound up to about 16 rows times heads of a KV head.
+// So K and V are read once for all of them, and the next block is fetched while one is worked on; more rows are a small
 // matrix product in registers (common/cpu_attention_kernel.h).
 // Reached: bench/results/cpu/decode_attn.json.
 #include "common/cpu_attention_call.h"

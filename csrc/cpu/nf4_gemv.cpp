@@ -52,14 +52,6 @@ struct Job {
 // rounding errors of a chain weigh less where there are more of them.
 constexpr int64_t chain(int64_t size) { return size < 256 ? kMinChain : 2 * kMinChain; }
 
-// Rows in as few groups of at most `most` as they fill, of sizes that differ by at most one.
-struct RowGroups {
-  int64_t count, size, longer;
-  RowGroups(int64_t rows, int64_t most)
-      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
-  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
-};
-
 // Floats between the scales of two rows of W in the scratch of dot_rows.
 inline int64_t dot_scales(const Job& job, int64_t lanes) { return (job.k >> job.scales.block_shift) + 2 + lanes; }
 
