@@ -40,6 +40,7 @@ SPACE = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for m, n, warps, stages in (
         (128, 64, 8, 2), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 8, 3), (64, 64, 8, 4), (64, 128, 8, 2),
+        (64, 32, 4, 3), (64, 32, 4, 4),
     )
 ]  # fmt: skip
 
