@@ -113,8 +113,15 @@ def _best(key: Any, runners: Sequence[Runner]) -> Runner:
     return runners[_faster[key]]
 
 
+def _head_size(call: Call) -> None:
+    """With another one its tensor-core kernels were seen to leave their memory."""
+    if call.args[0].shape[-1] not in (64, 128, 256):
+        raise Absent(f"it has no heads of {call.args[0].shape[-1]}")
+
+
 def flashinfer_decode(call: Call) -> Runner:
     """Its decode attention, with tensor cores or without, whichever is faster."""
+    _head_size(call)
     flashinfer = library("flashinfer")
     if "tree_mask" in call.kwargs:
         raise Absent("its decode attention has no trees")
@@ -186,6 +193,7 @@ def flashinfer_xqa(call: Call) -> Runner:
 
 def flashinfer_prefill(call: Call) -> Runner:
     """Its attention of one sequence, on the contiguous cache as it is."""
+    _head_size(call)
     flashinfer = library("flashinfer")
     _contiguous(call)
     q, k, v, _, lengths, _ = call.args

@@ -262,7 +262,8 @@ def fit(
     if itemsize == 4:  # no tensor cores: operands of a product lie in registers whole
         block_m, block_n = 16, 16
     else:
-        warps = max(config["num_warps"], min(8, power_of_two(block_m * width // 1024)))
+        narrow = width <= 128 and block_m * (width + 2 * block_n) <= 12288
+        warps = max(config["num_warps"], min(4 if narrow else 8, power_of_two(block_m * width // 1024)))
     if not vectors:  # an address each element
         block_n = min(block_n, 32 if width <= 64 else 16)
     while block_m * block_n * (1 + (paged or masks)) > (8192 if width <= 128 else 2048):

@@ -48,8 +48,8 @@ SPACE = [
     for m, n, programs, warps, stages in (
         (128, 64, 4, 4, 3), (128, 64, 16, 4, 3), (128, 64, 8, 4, 4), (128, 64, 16, 4, 4), (128, 64, 4, 8, 4),
         (128, 128, 8, 4, 2), (128, 128, 4, 8, 3), (128, 32, 16, 4, 4), (128, 32, 16, 2, 4), (128, 64, 2, 4, 4),
-        (64, 64, 8, 4, 3), (64, 64, 4, 4, 4), (64, 128, 4, 4, 2), (64, 128, 8, 4, 3),
-        (128, 64, 1, 4, 4), (128, 128, 1, 4, 3), (128, 128, 2, 4, 2), (128, 64, 3, 4, 4), (128, 32, 4, 4, 6),
+        (64, 64, 8, 4, 3), (64, 64, 4, 4, 4), (64, 128, 4, 4, 2), (64, 128, 8, 4, 3), (64, 32, 8, 4, 4),
+        (64, 32, 16, 4, 3), (128, 64, 1, 4, 4), (128, 128, 1, 4, 3), (128, 128, 2, 4, 2), (128, 64, 3, 4, 4),
     )
 ]  # fmt: skip
 
@@ -183,13 +183,14 @@ def _merge_kernel(
     tl.store(lse_ptr + at, lse)
 
 
-def config_for(q: Tensor, kv_heads: int, reach: int) -> dict[str, Any]:
+def config_for(q: Tensor, kv_heads: int, reach: int, paged: bool) -> dict[str, Any]:
     """The tuned configuration for q [B, Hq, T, D] over so many keys; fp16 has bf16's."""
     batch, heads, rows, d = q.shape
     key = (
         ("dtype", "float32" if q.dtype == torch.float32 else "bfloat16"),
         ("D", d),
         ("rows", max(16, min(256, power_of_two(rows * heads // kv_heads)))),
+        ("paged", paged),
     )
     return _tuned.lookup("decode_attn", q.device, key, log2(batch * kv_heads * reach), tuple(DEFAULT.items()))
 
@@ -227,7 +228,7 @@ def plan(
 
     reach: how many keys may be seen; vectors, masks: as fit() has them.
     """
-    wish = tuple((config or config_for(q, kv_heads, reach)).items())
+    wish = tuple((config or config_for(q, kv_heads, reach, paged)).items())
     return _plan(wish, tuple(q.shape), q.element_size(), q.device, kv_heads, reach, paged, vectors, masks)
 
 
@@ -295,7 +296,8 @@ def specializations() -> Iterator[_aot.Specialization]:
         *((DEFAULT, bf16, d, rows, "odd split") for d in (33, 200) for rows in (4, 256)),
         *((DEFAULT, torch.float32, d, rows, options)
           for d, rows, options in ((64, 4, ""), (128, 256, "tree split"), (256, 4, "paged"), (80, 8, "window"))),
-        *((e["config"], getattr(torch, e["key"]["dtype"]), e["key"]["D"], e["key"]["rows"], "split") for e in shipped),
+        *((e["config"], getattr(torch, e["key"]["dtype"]), e["key"]["D"], e["key"]["rows"],
+           "paged split" if e["key"]["paged"] else "split") for e in shipped),
     ]  # fmt: skip
     named: dict[str, _aot.Specialization] = {}
     for config, dtype, d, rows, options in cases:

@@ -29,6 +29,9 @@ SCHEMA = (
 )
 
 
+PAGE = 16  # rows a page when paged caches are tuned
+
+
 def _check(
     q: Tensor,
     k_cache: Tensor,
@@ -90,19 +93,27 @@ def _describe(
 
 def _tuning(device: torch.device) -> Iterator[TuningCase]:
     """One row at several sizes and head sizes, and trees; `key` as the kernels' config_for() makes it."""
-    for batch, rows, s, heads, kv_heads, d in (
+    one = (
         (1, 1, 8192, 32, 8, 128), (32, 1, 1024, 32, 8, 128), (64, 1, 1024, 12, 2, 128), (8, 1, 8192, 32, 8, 128),
-        (64, 1, 18432, 12, 2, 128), (32, 1, 18432, 32, 8, 128), (8, 1, 8192, 32, 8, 64), (8, 1, 8192, 32, 8, 80),
-        (8, 1, 8192, 32, 8, 96), (8, 1, 8192, 16, 4, 256), (8, 16, 8192, 32, 8, 128), (1, 64, 8192, 32, 8, 128),
-        (8, 64, 8192, 32, 8, 128),
-    ):  # fmt: skip
+        (64, 1, 18432, 12, 2, 128), (32, 1, 18432, 32, 8, 128), (8, 16, 8192, 32, 8, 128), (8, 64, 8192, 32, 8, 128),
+    )  # fmt: skip
+    more = (
+        (8, 1, 8192, 32, 8, 64), (8, 1, 8192, 32, 8, 80), (8, 1, 8192, 32, 8, 96), (8, 1, 8192, 16, 4, 256),
+        (1, 64, 8192, 32, 8, 128),
+    )  # fmt: skip
+    cases = [*((False, *sizes) for sizes in (*one, *more)), *((True, *sizes) for sizes in one)]
+    for paged, batch, rows, s, heads, kv_heads, d in cases:
         q = torch.randn(batch, heads, rows, d, device=device, dtype=torch.bfloat16)
         k, v = (torch.randn(batch, kv_heads, s, d, device=device, dtype=torch.bfloat16) for _ in range(2))
         lengths = torch.full((batch,), s, dtype=torch.int32, device=device)
         chain = torch.arange(-1, rows - 1, dtype=torch.int32, device=device).expand(batch, rows)
-        mask = {} if rows == 1 else {"tree_mask": tree_build.tree_build(chain)[0]}
-        key = {"dtype": "bfloat16", "D": d, "rows": max(16, rows * heads // kv_heads)}
-        yield TuningCase(key, batch * kv_heads * s, (q, k, v, lengths), mask)
+        options = {} if rows == 1 else {"tree_mask": tree_build.tree_build(chain)[0]}
+        if paged:
+            k, v = (c.view(batch * s // PAGE, PAGE, kv_heads, d) for c in (k, v))
+            order = torch.randperm(batch * s // PAGE, device=device)
+            options["block_table"] = order.int().view(batch, s // PAGE)
+        key = {"dtype": "bfloat16", "D": d, "rows": max(16, rows * heads // kv_heads), "paged": paged}
+        yield TuningCase(key, batch * kv_heads * s, (q, k, v, lengths), options)
 
 
 OP = Op(
