@@ -133,9 +133,9 @@ class DecoderMethod:
 
         runs: dict[str, Callable[[], list[float]]] = {OURS: functools.partial(steps_of, decoder, prompt, new)}
         runs["hf_dynamic"] = functools.partial(hf_steps, dense, prompt, new)
-        if four_bit is not None and new > 1:
+        if four_bit is not None and new > 1 and (device.type == "cuda" or sizes["weights"] == "nf4"):
             runs["bitsandbytes"] = functools.partial(hf_steps, four_bit, prompt, new)
-        if device.type == "cpu" or (sizes["batch"] == 1 and sizes["weights"] == "bf16"):
+        if new > 1 and (sizes["weights"] == "fp32" or (sizes["batch"] == 1 and sizes["weights"] == "bf16")):
             runs["hf_static"] = functools.partial(hf_steps, dense, prompt, new, cache_implementation="static")
         us = timed(runs, device, outcome)
         ours = us.pop(OURS)
@@ -171,9 +171,13 @@ class DecoderMethod:
 
 
 def timed(runs: dict[str, Callable[[], list[float]]], device: torch.device, outcome: Outcome) -> dict[str, float]:
-    """µs a step of each: the median of two turns, there and back, after one that is not counted."""
+    """µs a step of each: the median of two turns, there and back, after one that is not counted.
+
+    On a CPU, where a turn takes minutes and others may share the cores, the lower quartile of a single one.
+    """
     steps: dict[str, list[float]] = {name: [] for name in runs}
-    for counted, names in ((False, [*runs]), (True, [*runs]), (True, [*reversed(runs)])):
+    turns = [(False, [*runs]), (True, [*runs]), (True, [*reversed(runs)])]
+    for counted, names in turns if device.type == "cuda" else turns[1:2]:
         for name in names:
             if name in outcome.absent:
                 continue
@@ -185,7 +189,7 @@ def timed(runs: dict[str, Callable[[], list[float]]], device: torch.device, outc
                 outcome.absent[name] = first_line(why)
                 continue
             steps[name] += took if counted else []
-    quartile = 1 if device.type == "cuda" else 0  # on a CPU, that others may share, the lower one
+    quartile = 1 if device.type == "cuda" else 0
     return {
         name: 1e6 * (statistics.quantiles(each, n=4)[quartile] if len(each) > 3 else min(each))
         for name, each in steps.items()

@@ -1,4 +1,4 @@
-"""What the demo measures of a causal language model from transformers: memory, speed, perplexity."""
+"""What the demo measures of a causal language model, transformers' or our Decoder: memory, speed, perplexity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from ..models import Decoder
 
 WINDOW = 1024  # tokens a perplexity window: each is predicted from those before it in its window
 
@@ -28,11 +31,18 @@ def perplexity(
         for piece in torch.split(tokens, window):
             if len(piece) < 2:
                 continue
-            loss = model(input_ids=piece[None], labels=piece[None]).loss
-            total += float(loss) * (len(piece) - 1)
+            total += float(_loss(model, piece)) * (len(piece) - 1)
             count += len(piece) - 1
             advance()
     return math.exp(total / count)
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The mean negative log-likelihood of tokens [n] but the first."""
+    if isinstance(model, Decoder):
+        return functional.cross_entropy(model(tokens[None])[0, :-1].float(), tokens[1:])
+    loss: Tensor = model(input_ids=tokens[None], labels=tokens[None]).loss
+    return loss
 
 
 class Clock:
@@ -65,9 +75,22 @@ def tokens_per_second(steps: list[float]) -> float:
 
 def generate(model: Any, prompt: Tensor, new_tokens: int, advance: Callable[[], None]) -> tuple[Tensor, list[float]]:
     """(the new tokens, step times) of greedy generation; model.generation_config must not stop it early."""
+    if isinstance(model, Decoder):
+        return _stream(model, prompt, new_tokens, advance)
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with torch.inference_mode():
         model.generate(prompt, max_new_tokens=2, **options)  # first calls compile and choose kernels
         clock = Clock(advance)
         out = model.generate(prompt, max_new_tokens=new_tokens, streamer=clock, **options)
     return out[0, prompt.shape[1] :], clock.steps()
+
+
+def _stream(model: Decoder, prompt: Tensor, new_tokens: int, advance: Callable[[], None]) -> tuple[Tensor, list[float]]:
+    tokens: list[int] = []
+    times: list[float] = []
+    list(model.stream(prompt, 2, eos=()))
+    for step in model.stream(prompt, new_tokens, eos=()):
+        tokens += step[0]
+        times.append(time.perf_counter())
+        advance()
+    return torch.tensor(tokens), [after - before for before, after in itertools.pairwise(times)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import _registry
 from .._checks import dtype_name
 from ..methods import Nf4Linear, accelerate_bitsandbytes, quantize_model
+from ..models import Decoder
 from . import smollm2
 from ._measure import WINDOW, generate, megabytes, perplexity, tokens_per_second
 from ._terminal import progress, say, show_table
@@ -86,7 +87,8 @@ def demo(
     """Run SmolLM2-135M-Instruct dense and in NF4, and measure both.
 
     Shows the memory of the weights, tokens a second, perplexity on a real text and the generated text: of the dense
-    model, of ours, and, where bitsandbytes is installed, of its layers by its own products and by ours.
+    model in transformers, of our layers in it, of our decoder, and, where bitsandbytes is installed, of its layers by
+    its own products and by ours.
     """
     started = time.perf_counter()
     where = chosen_devices(device)[-1]
@@ -140,13 +142,15 @@ def build(model: nn.Module, wanted: list[Variant]) -> dict[str, nn.Module]:
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
-    """The dense model, ours, and bitsandbytes' where it is installed, by its own products and by ours; in one dtype."""
+    """The dense model, ours in it, our decoder, and, if it is installed, bitsandbytes by its products and by ours."""
     found = [
         Variant(f"dense {dtype_name(dtype)}", None),
         Variant(OURS, lambda m: quantize_model(m, skip=SKIP, blocksize=BLOCKSIZE)),
         Variant(
             f"{OURS}, double quant.", lambda m: quantize_model(m, skip=SKIP, blocksize=BLOCKSIZE, double_quant=True)
         ),
+        Variant("fastops decoder", Decoder.from_hf),
+        Variant("fastops decoder, NF4", lambda m: Decoder.from_hf(m, weights="nf4", blocksize=BLOCKSIZE)),
     ]
     if importlib.util.find_spec("bitsandbytes") is not None:
         found += [
@@ -206,8 +210,11 @@ def readable(tokenizer: Any, new_ids: Tensor) -> str:
 
 def weights_megabytes(model: nn.Module) -> tuple[float, float]:
     """(MB of the linear layers in question, MB of the whole model)."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear)) and name not in SKIP]
-    linear = [t for layer in layers for t in tensors_of(layer)]
+    if isinstance(model, Decoder):
+        linear = [t for block in model.blocks for layer in block.children() for t in tensors_of(layer)]
+    else:
+        layers = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear)) and name not in SKIP]
+        linear = [t for layer in layers for t in tensors_of(layer)]
     rest = [t for module in model.modules() for t in tensors_of(module)]
     return megabytes(linear), megabytes([*linear, *rest])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._architecture import WHO, Architecture
-from ._linear import KINDS, stack
+from ._linear import KINDS, Dense, stack
 
 # (attention output, first norm, second norm) by kind of family; the rest is the same in all that are gated.
 GATED = ("self_attn.o_proj", "input_layernorm", "post_attention_layernorm")
@@ -68,10 +68,10 @@ def take(
         )
     last = base.final_layer_norm if a.family == "opt" else base.norm
     embedding = put(base.embed_tokens.weight)
-    tied = model.lm_head.weight is base.embed_tokens.weight
-    head = linear(model.lm_head, kind=weights if nf4_head else "dense")
-    if tied and not nf4_head:
-        head.weight = embedding
+    if model.lm_head.weight is base.embed_tokens.weight and not nf4_head:
+        head = Dense(embedding, put(model.lm_head.bias))  # one tensor, where a GPU holds it
+    else:
+        head = linear(model.lm_head, kind=weights if nf4_head else "dense")
     rotary = getattr(base, "rotary_emb", None)
     return dict(
         architecture=a,

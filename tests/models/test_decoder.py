@@ -59,7 +59,7 @@ def test_a_head_in_4_bits(hf):
     whole = Decoder.from_hf(hf("llama3"), weights="nf4")
     small = Decoder.from_hf(hf("llama3"), weights="nf4", nf4_head=True)
     assert isinstance(small.head, Nf4)
-    assert whole.head.weight is whole.embedding  # tied weights are one tensor
+    assert torch.equal(whole.head.weight, whole.embedding)
     a, b = whole(torch.tensor([[5, 6]])), small(torch.tensor([[5, 6]]))
     assert 0 < (a - b).norm() < 0.3 * a.norm()
 
@@ -195,3 +195,20 @@ def test_refuses_other_weights(hf):
         Decoder.from_hf(quantised)
     with pytest.raises(ValueError, match="model must hold values, got one on the meta device"):
         Decoder.from_hf(copy.deepcopy(hf("llama")).to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_dense_layers(dtype, rows):
+    """As functional.linear, also copied, moved and cast."""
+    weight, bias, x = torch.randn(33, 70), torch.randn(33), torch.randn(rows, 70)
+    layer = Dense(weight.to(dtype), bias.to(dtype))
+    assert torch.equal(layer.weight, weight.to(dtype))
+    assert layer.weight_bytes == 33 * 70 * dtype.itemsize
+    truth = nn.functional.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
+    for same in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
+        got = same(x.to(dtype))
+        assert got.dtype == dtype
+        assert (got.double() - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm()
+    wide = copy.deepcopy(layer).double()
+    assert torch.equal(wide.weight, weight.to(dtype).double())
