@@ -12,19 +12,25 @@ from . import _extension as _extension  # isort: skip  # compiled kernels regist
 from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
+from .ops.attn_received import attn_received
+from .ops.merge_state import merge_state
 from .ops.nf4_dequant import nf4_dequant
 from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
 from .ops.nf4_quantize import nf4_quantize
+from .ops.split_attn import split_attn
 
 __all__ = [
     "__version__",
+    "attn_received",
     "debug_checks",
     "explain",
     "interop",
+    "merge_state",
     "nf4_dequant",
     "nf4_gemv",
     "nf4_linear",
     "nf4_linear_dx",
     "nf4_quantize",
+    "split_attn",
     "use_backend",
 ]
