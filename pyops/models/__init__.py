@@ -1,1 +1,5 @@
-"""Models that the methods run on: decoders, and the networks of the papers. None is here yet."""
+"""The substrates that methods work on: models in plain PyTorch, with the parts that methods vary as parts."""
+
+from .mar import BASE, HUGE, LARGE, Mar, MarConfig
+
+__all__ = ["BASE", "HUGE", "LARGE", "Mar", "MarConfig"]
