@@ -270,6 +270,129 @@ def torchao_linear(call: Call) -> Runner:
     return functools.partial(linear_nf4, call.args[0], _torchao_weight(_weight(call)))
 
 
+def _rotated(call: Call) -> Callable[[], Tensor]:
+    """k of a kv_append call in eager PyTorch, its rotary embedding included where the call has one."""
+    k, lengths = call.args[2], call.args[4]
+    if call.kwargs.get("cos") is None:
+        return lambda: k
+    cos, sin = call.kwargs["cos"], call.kwargs["sin"]
+    if call.kwargs.get("rope_interleaved") or 2 * cos.shape[1] != k.shape[3]:
+        raise Absent("it is written for the halves of whole rows")
+    new = torch.arange(k.shape[2], device=k.device)
+
+    def rotate() -> Tensor:
+        position = lengths[:, None] + new
+        c, s = (torch.cat([t[position]] * 2, dim=-1)[:, None] for t in (cos, sin))
+        first, second = k.chunk(2, dim=-1)
+        return (k * c + torch.cat([-second, first], dim=-1) * s).to(k.dtype)
+
+    return rotate
+
+
+def _appended(call: Call) -> tuple[Tensor, ...]:
+    """Index of the new rows in the caches of a kv_append call, one a sequence and row."""
+    k_cache, _, k, _, lengths = call.args
+    position = lengths[:, None].long() + torch.arange(k.shape[2], device=k.device)
+    table = call.kwargs.get("block_table")
+    if table is None:
+        return torch.arange(k.shape[0], device=k.device)[:, None], position
+    block = k_cache.shape[1]
+    return table.long().gather(1, position // block), position % block
+
+
+def _by_row(cache: Tensor, call: Call) -> Tensor:
+    """The cache with rows before heads, so that two indices in front name a row of all heads."""
+    return cache if call.kwargs.get("block_table") is not None else cache.transpose(1, 2)
+
+
+def torch_append(call: Call) -> Runner:
+    """Plain eager PyTorch: positions, then an indexed assignment for each cache."""
+    k_cache, v_cache, _, v, _ = call.args
+    k = _rotated(call)
+
+    def run() -> tuple[Tensor, Tensor]:
+        where = _appended(call)
+        _by_row(k_cache, call)[where] = k().transpose(1, 2)
+        _by_row(v_cache, call)[where] = v.transpose(1, 2)
+        return k_cache, v_cache
+
+    return run
+
+
+def static_append(call: Call) -> Runner:
+    """What transformers' StaticCache does: index_copy_ at positions that all sequences share."""
+    k_cache, v_cache, _, v, lengths = call.args
+    if call.kwargs.get("block_table") is not None or bool((lengths != lengths[0]).any()):
+        raise Absent("it has no pages, and one length for all")
+    k, position = _rotated(call), lengths[0].long() + torch.arange(v.shape[2], device=v.device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        k_cache.index_copy_(2, position, k())
+        v_cache.index_copy_(2, position, v)
+        return k_cache, v_cache
+
+    return run
+
+
+def flashinfer_append(call: Call) -> Runner:
+    """append_paged_kv_cache; its batch indices and positions, made once a step for all layers, are left out."""
+    flashinfer = library("flashinfer")
+    k_cache, v_cache, k, v, lengths = call.args
+    table = call.kwargs.get("block_table")
+    if table is None or call.kwargs.get("cos") is not None:
+        raise Absent("it takes pages, and k rotated already")
+    batch, _, new_rows, _ = k.shape
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=k.device)
+    last = (lengths + new_rows - 1) % k_cache.shape[1] + 1
+    pages = (lengths + new_rows - 1) // k_cache.shape[1] + 1
+    ends = torch.cat([indptr[:1], pages.cumsum(0).to(torch.int32)])
+    used = torch.arange(table.shape[1], device=k.device) < pages[:, None]
+    where = flashinfer.get_batch_indices_positions(indptr * new_rows, lengths + new_rows, batch * new_rows)
+    rows = [t.transpose(1, 2).reshape(batch * new_rows, *t.shape[1::2]) for t in (k, v)]
+    arguments = (*rows, *where, (k_cache, v_cache), table[used], ends, last)
+
+    def run() -> tuple[Tensor, Tensor]:
+        flashinfer.append_paged_kv_cache(*arguments, kv_layout="NHD")
+        return k_cache, v_cache
+
+    return run
+
+
+def torch_compact(call: Call) -> Runner:
+    """Plain eager PyTorch: gather all rows of the tree, those not accepted to where they are, and put them back."""
+    k_cache, v_cache, lengths, index, count = call.args
+    table = call.kwargs.get("block_table")
+    sequence = torch.arange(index.shape[0], device=index.device)[:, None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        row = torch.arange(index.shape[1], device=index.device)
+        start = lengths[:, None].long()
+        source, to = start + torch.where(row < count[:, None], index, row), start + row
+        if table is None:
+            source_at, to_at = (sequence, source), (sequence, to)
+        else:
+            block = k_cache.shape[1]
+            source_at, to_at = ((table.long().gather(1, p // block), p % block) for p in (source, to))
+        for cache in (_by_row(k_cache, call), _by_row(v_cache, call)):
+            cache[to_at] = cache[source_at]
+        return k_cache, v_cache
+
+    return run
+
+
+def torch_scatter(call: Call) -> Runner:
+    """Plain eager PyTorch: scatter_ along the rows, the index repeated for heads and columns without a copy."""
+    k_cache, v_cache, k, v, index = call.args
+    if bool((index < 0).any()):
+        raise Absent("it has no row that goes nowhere")
+
+    def run() -> tuple[Tensor, Tensor]:
+        where = index.long()[:, None, :, None].expand(k.shape)
+        return k_cache.scatter_(2, where, k), v_cache.scatter_(2, where, v)
+
+    return run
+
+
 def cat_sdpa(call: Call) -> Runner:
     """Join both sets of keys, then torch's attention: what split_attn saves is the joining."""
     q, k_active, v_active, k_cached, v_cached = call.args
@@ -340,6 +463,13 @@ FORWARD = {
 PEERS: dict[str, dict[str, Peer]] = {
     "attn_received": {"torch": Peer(torch_received, PRODUCT)},
     "merge_state": {"torch": Peer(torch_merge, PRODUCT), "flashinfer": Peer(flashinfer_merge, PRODUCT, device="cuda")},
+    "kv_append": {
+        "torch": Peer(torch_append),
+        "hf_static": Peer(static_append),
+        "flashinfer": Peer(flashinfer_append, device="cuda"),
+    },
+    "kv_compact": {"torch": Peer(torch_compact)},
+    "kv_scatter": {"torch": Peer(torch_scatter)},
     "nf4_dequant": {
         "bitsandbytes": Peer(bitsandbytes_dequant),
         # Its table and scales are rounded to the output's type.

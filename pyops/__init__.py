@@ -13,6 +13,7 @@ from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
 from .ops.attn_received import attn_received
+from .ops.kv_append import kv_append, kv_compact, kv_scatter
 from .ops.merge_state import merge_state
 from .ops.nf4_dequant import nf4_dequant
 from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
@@ -25,6 +26,9 @@ __all__ = [
     "debug_checks",
     "explain",
     "interop",
+    "kv_append",
+    "kv_compact",
+    "kv_scatter",
     "merge_state",
     "nf4_dequant",
     "nf4_gemv",

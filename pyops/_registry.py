@@ -129,6 +129,8 @@ class Op:
         self._fake = fake
         self._define(self.name, tags)
         self.default = overload(self.name)
+        arguments = self.default._schema.arguments
+        self.written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         self._compiled = {
             key: torch.library.get_kernel(self.default, key)
@@ -150,6 +152,13 @@ class Op:
                 return self.default(*args, **kwargs)
             backend = self._chosen(*args, **kwargs)[0]
         return self._run(backend, *args, **kwargs)
+
+    def results(self, returned: Any, args: tuple[Any, ...]) -> Any:
+        """What a call made: the tensors it wrote in place, then what it returned; just that where it wrote none."""
+        if not self.written:
+            return returned
+        more = () if returned is None else returned if isinstance(returned, tuple) else (returned,)
+        return (*(args[i] for i in self.written), *more)
 
     def _define(self, name: str, tags: tuple[torch.Tag, ...] = ()) -> None:
         """Define the schema under `name`, with the checked fake kernel."""

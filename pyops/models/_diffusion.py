@@ -77,7 +77,8 @@ class TimeEmbedding(nn.Module):
         """[N, width] of N time steps."""
         rate = torch.exp(torch.arange(FREQUENCIES, device=time.device) * (-math.log(10000) / FREQUENCIES))
         angle = time.float()[:, None] * rate
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 class ResidualBlock(nn.Module):

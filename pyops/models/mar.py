@@ -11,6 +11,7 @@ Source: Autoregressive Image Generation without Vector Quantization, arXiv:2406.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -280,4 +281,4 @@ def tokens_a_step(tokens: int, steps: int) -> list[int]:
         wanted = math.floor(tokens * math.cos(math.pi / 2 * step / steps))
         masked.append(max(1, min(masked[-1] - 1, wanted)))
     masked.append(0)
-    return [before - after for before, after in zip(masked, masked[1:], strict=False) if before > after]
+    return [before - after for before, after in itertools.pairwise(masked) if before > after]
