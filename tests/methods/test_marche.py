@@ -1,15 +1,18 @@
 """MARché on a tiny MAR: it is MAR where it must be, and what it says elsewhere, composed anew here."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastops
 from fastops.methods import Marche, MarcheConfig
 from fastops.methods.marche import CachedStack, generate, rows_computed
 from fastops.models import Mar, MarConfig
 from fastops.models.mar import random_places, tokens_a_step
+from fastops.testing import available
 
 TINY = MarConfig(width=32, depth=4, heads=4, head_width=24, head_depth=2, tokens=24, token_dim=3, buffer=6, classes=7)
 ROWS = TINY.buffer + TINY.tokens
@@ -56,6 +59,25 @@ def test_an_active_set_of_all_is_mar(layer, refresh, cfg, poison):
     )
     want = images(mar, cfg=cfg)
     torch.testing.assert_close(images(mar, config, cfg), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", [b for b, device in available("split_attn") if device.type == "cpu"])
+def test_backends_agree(backend, poison):
+    """Tokens of a step on each backend of the operators, those of the reference apart."""
+    mar, config = tiny(), dataclasses.replace(SMALL, active=14)
+    tokens, places = torch.randn(2, 24, 3, generator=generator()), random_places(2, 24, generator(1))
+    condition = mar.class_emb(torch.tensor([1, 2]))
+
+    def step(name):
+        marche = Marche(mar, config)
+        with contextlib.ExitStack() as stack:
+            for op in ("split_attn", "attn_received", "kv_scatter"):
+                if name in fastops._registry.registry[op].available("cpu"):
+                    stack.enter_context(fastops.use_backend(op, name))
+            return [marche.predict(tokens[:, :n], condition, places, 3) for n in (0, 3, 6)]
+
+    for got, want in zip(step(backend), step("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [0, 12, ROWS])
