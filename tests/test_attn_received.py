@@ -233,6 +233,17 @@ def test_error_sees_one_wrong_element():
     assert reference.error(lost_head, *args, mask=mask) > reference.BUDGET
 
 
+def test_what_is_tuned_is_what_is_looked_up(monkeypatch):
+    page = pytest.importorskip("fastops.triton_ops.attn_received")
+    asked = []
+    monkeypatch.setattr(page._tuned, "lookup", lambda *a: asked.append((dict(a[2]), a[3])) or dict(page.DEFAULT))
+    for case in fastops._registry.registry["attn_received"].tuning(torch.device("meta")):
+        page.config_for(case.args[0], case.args[1].shape[2])
+        key, size_log2 = asked.pop()
+        assert key == case.key
+        assert size_log2 == case.size.bit_length() - 1
+
+
 def test_the_bare_op_is_a_constant():
     q, k = make()
     assert not op(q.requires_grad_(), k).requires_grad

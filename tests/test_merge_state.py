@@ -255,6 +255,17 @@ def test_error_sees_one_wrong_element(dtype):
     assert reference.error(((args[0] + args[2]) / 2, lse), *args) > reference.BUDGET  # the weights forgotten
 
 
+def test_what_is_tuned_is_what_is_looked_up(monkeypatch):
+    page = pytest.importorskip("fastops.triton_ops.merge_state")
+    asked = []
+    monkeypatch.setattr(page._tuned, "lookup", lambda *a: asked.append((dict(a[2]), a[3])) or dict(page.DEFAULT))
+    for case in fastops._registry.registry["merge_state"].tuning(torch.device("meta")):
+        page.config_for(case.args[0])
+        key, size_log2 = asked.pop()
+        assert key == case.key
+        assert size_log2 == case.size.bit_length() - 1
+
+
 def test_the_bare_op_is_a_constant():
     o_a, *rest = make(2, 3)
     assert not any(t.requires_grad for t in op(o_a.requires_grad_(), *rest))

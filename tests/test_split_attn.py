@@ -332,6 +332,17 @@ def test_error_sees_one_wrong_element(dtype):
     assert reference.error(ignored, *args, **kwargs) > reference.BUDGET
 
 
+def test_what_is_tuned_is_what_is_looked_up(monkeypatch):
+    page = pytest.importorskip("fastops.triton_ops.split_attn")
+    asked = []
+    monkeypatch.setattr(page._tuned, "lookup", lambda *a: asked.append((dict(a[2]), a[3])) or dict(page.DEFAULT))
+    for case in fastops._registry.registry["split_attn"].tuning(torch.device("meta")):
+        page.config_for(case.args[0], case.args[1].shape[2] + case.args[3].shape[2])
+        key, size_log2 = asked.pop()
+        assert key == case.key
+        assert size_log2 == case.size.bit_length() - 1
+
+
 def test_the_bare_op_is_a_constant():
     q, *rest = make()
     assert not any(t.requires_grad for t in op(q.requires_grad_(), *rest))

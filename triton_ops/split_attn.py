@@ -21,11 +21,12 @@ from torch import Tensor
 
 from . import _aot, _tuned
 
-DEFAULT = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+# Four programs an SM: 2048 of them (batch 128) are 3.9 rounds of an H100's, where three an SM would make 5.2.
+DEFAULT = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 4}
 SPACE = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for m, n, warps, stages in (
-        (64, 32, 4, 3), (64, 32, 4, 5), (64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 8, 2), (64, 64, 8, 3),
+        (64, 32, 4, 3), (64, 32, 4, 5), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 2), (64, 64, 8, 3),
         (32, 64, 4, 3), (32, 32, 2, 4), (128, 64, 8, 3),
     )
 ]  # fmt: skip
@@ -174,7 +175,7 @@ def fit(config: dict[str, Any], rows: int, d: int, itemsize: int) -> dict[str, A
         m, n, stages = (min(m, 32), min(n, 32), 2) if width <= 96 else (16, 16, 2)
     while m * width > 64 * 32 * warps:
         m, warps = (m, warps * 2) if warps < 8 else (m // 2, warps)
-    while n > 16 and 2 * n * width * itemsize * stages > 140 << 10:
+    while n > 16 and 2 * n * width * itemsize * stages > 120 << 10:
         n, stages = (n, stages - 1) if stages > 2 else (n // 2, stages)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 

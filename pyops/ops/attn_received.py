@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .._checks import check_dtype, check_same_device, fail
-from .._registry import Op
+from .._checks import check_dtype, check_same_device, dtype_name, fail
+from .._registry import Op, TuningCase
 from ..reference import attn_received as reference
 from .split_attn import check_keys, check_query
 
@@ -31,7 +33,23 @@ def _fake(q: Tensor, k: Tensor, *args: object, **kwargs: object) -> Tensor:
     return q.new_empty(k.shape[0], k.shape[2], dtype=torch.float32)
 
 
-RECEIVED = Op(SCHEMA, check=_check, fake=_fake, reference=reference.attn_received, triton="attn_received")
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    """MAR's decoder: the tokens of a step over all 320."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for d in (64, 80, 128):
+            for batch in (16, 128):
+                q, k = (torch.randn(batch, 16, rows, d, device=device, dtype=dtype) for rows in (7, 320))
+                yield TuningCase({"dtype": dtype_name(dtype), "D": d}, batch * 16 * 320, (q, k), {})
+
+
+RECEIVED = Op(
+    SCHEMA,
+    check=_check,
+    fake=_fake,
+    reference=reference.attn_received,
+    triton="attn_received",
+    tuning=_tuning,
+)
 
 
 def attn_received(

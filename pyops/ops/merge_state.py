@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .._checks import check_dtype, check_float_dtype, check_same_device, dtype_name, fail
-from .._registry import Op
+from .._checks import FLOAT_DTYPES, check_dtype, check_float_dtype, check_same_device, dtype_name, fail
+from .._registry import Op, TuningCase
 from ..reference import merge_state as reference
 from .split_attn import check_rows
 
@@ -36,7 +38,15 @@ def _fake(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tenso
     return o_a.new_empty(o_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-MERGE = Op(SCHEMA, check=_check, fake=_fake, reference=reference.merge_state, triton="merge_state")
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    for dtype in FLOAT_DTYPES:
+        for batch in (16, 128):
+            o_a, o_b = (torch.randn(batch, 16, 64, 64, device=device, dtype=dtype) for _ in range(2))
+            lse_a, lse_b = (torch.randn(batch, 16, 64, device=device) for _ in range(2))
+            yield TuningCase({"dtype": dtype_name(dtype)}, o_a.numel(), (o_a, lse_a, o_b, lse_b), {})
+
+
+MERGE = Op(SCHEMA, check=_check, fake=_fake, reference=reference.merge_state, triton="merge_state", tuning=_tuning)
 
 
 def merge_state(

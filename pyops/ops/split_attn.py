@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .. import _extension
 from .._checks import check_dtype, check_float_dtype, check_same_device, dtype_name, fail
-from .._registry import Op
+from .._registry import Op, TuningCase
 from ..reference import split_attn as reference
 
 SCHEMA = (
@@ -86,6 +88,16 @@ def _describe(backend: str, *args: object, **kwargs: object) -> str:
     return ""
 
 
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    """MAR's decoder: 64 tokens computed again beside 256 cached ones."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for d in (64, 80, 128):
+            for batch in (16, 128):
+                q, k, v = (torch.randn(batch, 16, 64, d, device=device, dtype=dtype) for _ in range(3))
+                cached = [torch.randn(batch, 16, 256, d, device=device, dtype=dtype) for _ in range(2)]
+                yield TuningCase({"dtype": dtype_name(dtype), "D": d}, batch * 16 * 320, (q, k, v, *cached), {})
+
+
 SPLIT = Op(
     SCHEMA,
     check=_check,
@@ -93,6 +105,7 @@ SPLIT = Op(
     reference=reference.split_attn,
     triton="split_attn",
     describe=_describe,
+    tuning=_tuning,
 )
 
 
