@@ -221,7 +221,8 @@ def train(setting: Setting, device: torch.device) -> Mar:
 @functools.cache
 def trained(setting: Setting, device: torch.device) -> Mar:
     """The weights in .models/ where this setting was trained before, else trained now and kept there."""
-    stamp = hashlib.sha256(repr(setting).encode()).hexdigest()[:12]
+    training = (setting.side, setting.model, setting.steps, setting.batch, setting.rate, setting.seed)
+    stamp = hashlib.sha256(repr(training).encode()).hexdigest()[:12]
     path = KEPT / f"mar-{setting.name}-{stamp}.pt"
     if path.is_file():
         mar = Mar(setting.model)

@@ -88,26 +88,19 @@ class CachedStack:
         self.caches: list[tuple[Tensor, Tensor]] = []
         self.out: Tensor | None = None
 
-    def _allocate(self, x: Tensor) -> None:
-        """Caches [B, H, slots, D] for each later block, and outputs [B, slots, width]."""
-        if self.out is not None and self.out.shape[0] == x.shape[0] and self.out.dtype == x.dtype:
-            return
-        batch, _, width = x.shape
-        self.out = x.new_empty(batch, self.slots, width)
-        self.caches = []
-        for block in self.later:
-            shape = (batch, block.attn.heads, self.slots, width // block.attn.heads)
-            self.caches.append((x.new_empty(shape), x.new_empty(shape)))
-
     def refresh(self, x: Tensor) -> Tensor:
         """The output for all rows of x [B, n, width], which becomes what is remembered."""
-        self._allocate(x)
-        assert self.out is not None
-        n = x.shape[1]
+        batch, n, width = x.shape
+        if self.out is None or self.out.shape[0] != batch or self.out.dtype != x.dtype:
+            self.out, self.caches = x.new_empty(batch, self.slots, width), []
         for block in self.first:
             x = block(x)
-        for block, (k_cache, v_cache) in zip(self.later, self.caches, strict=True):
+        for i, block in enumerate(self.later):
             q, k, v = block.project(x)
+            if i == len(self.caches):  # of k's dtype, which under torch.autocast is not that of x
+                shape = (*k.shape[:2], self.slots, k.shape[3])
+                self.caches.append((k.new_empty(shape), v.new_empty(shape)))
+            k_cache, v_cache = self.caches[i]
             k_cache[:, :, :n] = k
             v_cache[:, :, :n] = v
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v))

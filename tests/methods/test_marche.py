@@ -237,6 +237,17 @@ def test_half_precision():
     assert (got - want).norm() < 0.1 * want.norm()
 
 
+def test_under_autocast():
+    """Keys and values are bf16 there, the rows fp32."""
+    mar, labels = tiny(), torch.tensor([1, 2])
+    options = dict(steps=8, head_steps=4, places=random_places(2, 24, generator(1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = mar.generate(labels, generator=generator(3), **options)
+        for config in (dataclasses.replace(SMALL, refresh=1), MarcheConfig(active=ROWS, encoder_active=ROWS)):
+            got = generate(mar, labels, config=config, generator=generator(3), **options)
+            assert (got - want).norm() < 0.1 * want.norm()
+
+
 def test_bad_arguments():
     for changes, message in (
         (dict(refresh=0), "refresh must be at least 1, got 0"),
