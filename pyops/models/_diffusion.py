@@ -91,8 +91,8 @@ class ResidualBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """[N, width], with the embedding y of condition and time."""
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        """[N, width]; y is the activated embedding of condition and time, the same for all blocks."""
+        shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # type: ignore[no-any-return]
 
 
@@ -105,8 +105,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """[N, outputs]."""
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        """[N, outputs], y as in ResidualBlock."""
+        shift, scale = self.adaLN_modulation[1](y).chunk(2, dim=-1)
         normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
         return self.linear(modulate(normed, shift, scale))  # type: ignore[no-any-return]
 
@@ -124,7 +124,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[N, 2 token_dim] of x [N, token_dim]; `embedding` is cond_embed(condition) + time_embed(time)."""
-        hidden = self.input_proj(x)
+        hidden, embedding = self.input_proj(x), F.silu(embedding)
         for block in self.res_blocks:
             hidden = block(hidden, embedding)
         return self.final_layer(hidden, embedding)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,21 @@ class Mar(nn.Module):
         """[B, width] of the labels [B], or [2 B, width] with as many of no class behind them."""
         known: Tensor = self.class_emb(labels)
         return torch.cat([known, self.fake_latent.expand_as(known)]) if guided else known
+
+    def compile_glue(self, **options: Any) -> Mar:
+        """Put what lies around attention, and the diffusion head's network, through torch.compile; returns self.
+
+        Norms, projections, activations and residuals of a block become few kernels, compiled once for all blocks and
+        sizes; attention, and what methods do in its place, stays as it is. Parameters keep their names.
+
+        Args:
+            **options: further arguments of torch.compile.
+        """
+        for block in (*self.encoder_blocks, *self.decoder_blocks):
+            for part in ("project", "finish"):
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=True, **options))
+        self.diffloss.net.compile(dynamic=True, **options)
+        return self
 
     @torch.no_grad()
     def generate(

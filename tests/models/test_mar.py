@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from fastops.models import BASE, HUGE, LARGE, Mar, MarConfig
 from fastops.models._diffusion import Schedule, cosine_signal
@@ -318,6 +319,18 @@ def test_a_perfect_denoiser_recovers_the_data():
     head.net = Perfect(head.net)
     got = head.sample(torch.randn(4, 32), steps=20, generator=generator())
     torch.testing.assert_close(got, data.expand(4, 3), rtol=0, atol=1e-4)
+
+
+def test_compiled_glue_is_shared_by_all_blocks():
+    mar, labels = tiny(), torch.tensor([2, 5, 6])
+    options = dict(steps=6, cfg=2.0, head_steps=5, places=random_places(3, 16, generator(1)))
+    want, names = mar.generate(labels, generator=generator(3), **options), list(mar.state_dict())
+    compiler = CompileCounter()
+    assert mar.compile_glue(backend=compiler) is mar
+    got = mar.generate(labels, generator=generator(3), **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert list(mar.state_dict()) == names
+    assert compiler.frame_count <= 4  # two halves of six blocks, and the head: not one for each size and layer
 
 
 def test_half_precision_stays_near():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from .methods import digits
+from fastops.models import MarConfig
+
+from .floors import Peaks
+from .harness import Session
+from .methods import bench_marche, digits
 from .peers import Absent
+from .timing import QUICK
 
 
 def test_the_frechet_distance_of_gaussians() -> None:
@@ -66,6 +72,45 @@ def test_training_repeats_and_learns() -> None:
 
     untrained = digits.train(dataclasses.replace(tiny, steps=0), torch.device("cpu"))
     assert loss(mar) < 0.95 * loss(untrained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_page_measures_speed(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setitem(bench_marche.MODELS, "tiny", MarConfig(64, 3, 2, 32, 2, 32, 4, 8, 10))
+    monkeypatch.setattr(bench_marche, "HEAD_STEPS", 3)
+    session = Session(torch.device("cpu"), Peaks(28.0, 0.2, 0.3), QUICK)
+    outcome = bench_marche.BENCH.measure(bench_marche.speed("tiny", 2, 6, dtype, "cpu"), session)
+    assert not outcome.failures
+    (record,) = outcome.records
+    assert set(record["peers"]) == {"mar", "torch"}
+    assert record["figures"]["speedup_transformer"] > 0
+    assert record["figures"]["rows_bound"] >= 1
+
+
+def test_the_page_refuses_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_marche.MODELS, "tiny", MarConfig(64, 3, 2, 32, 2, 32, 4, 8, 10))
+    monkeypatch.setattr(bench_marche.Marche, "predict", lambda self, *args: self.mar.predict(*args) * 1.1)
+    session = Session(torch.device("cpu"), Peaks(28.0, 0.2, 0.3), QUICK)
+    outcome = bench_marche.BENCH.measure(bench_marche.speed("tiny", 2, 6, torch.float32, "cpu"), session)
+    assert not outcome.records
+    assert "refreshed differs by" in outcome.failures[0]
+
+
+@pytest.mark.usefixtures("stripes")
+def test_the_page_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = dataclasses.replace(digits.SMALL, name="tiny", steps=2, batch=4, a_class=2, generation_steps=4, head_steps=3)
+    monkeypatch.setitem(digits.SETTINGS, "tiny", tiny)
+    monkeypatch.setattr(digits, "KEPT", tmp_path)
+    session = Session(torch.device("cpu"), Peaks(28.0, 0.2, 0.3), QUICK)
+    outcome = bench_marche.BENCH.measure(bench_marche.quality("tiny", 1, 16, "cpu"), session)
+    assert not outcome.failures
+    figures = outcome.records[0]["figures"]
+    assert figures["accuracy"] == figures["accuracy_mar"]
+    assert figures["frechet"] == figures["frechet_mar"]
+    assert len(list(tmp_path.glob("mar-tiny-*.pt"))) == 1
+    digits.trained.cache_clear()
+    again = digits.trained(tiny, torch.device("cpu"))  # from the file
+    assert not again.training
 
 
 def test_the_real_images() -> None:
