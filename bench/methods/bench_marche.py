@@ -2,7 +2,7 @@
 
 Speed: all steps of a generation, the transformer's part alone and the whole with the diffusion head, by MARché, by our
 MAR without caching, and by MAR as it is usually written (raster order, boolean masks), eager and compiled; on a GPU,
-what surrounds attention is compiled in ours too.
+what surrounds attention is compiled in ours too, and MARché's cached layers are CUDA graphs.
 Quality: accuracy of a classifier on the samples and their Fréchet distance to the real images, of MAR and of MARché.
 """
 
@@ -145,7 +145,8 @@ def timed(case: Case, session: Session) -> Timed:
     if device.type == "cuda":
         ours.compile_glue()
         variants["torch_compile"] = UsualMar(mar, True).predict
-    variants |= {OURS: Marche(ours, guided=True).predict, UNCACHED: ours.predict}
+    cached = Marche(ours, MarcheConfig(graphs=device.type == "cuda"), guided=True)
+    variants |= {OURS: cached.predict, UNCACHED: ours.predict}
     n = mar.config.tokens // 3
     with torch.inference_mode():
         want = mar.predict(tokens[:, :n], condition, places, 4)

@@ -49,6 +49,8 @@ class MarcheConfig:
         encoder_buffer: whether the buffer tokens are always active in the encoder, in addition to encoder_active.
         halves: whose attention selects under classifier-free guidance: "each" half's its own rows, the "conditional"
             one's for both, or the "sum" of both for both.
+        graphs: whether the layers behind the selection layer run as CUDA graphs on a GPU, which takes the host out of
+            them; parameters must not move meanwhile.
     """
 
     active: int = 64
@@ -59,6 +61,7 @@ class MarcheConfig:
     encoder_selection_layer: int = 2
     encoder_buffer: bool = False
     halves: str = "each"
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("refresh", "selection_layer", "encoder_selection_layer"):
@@ -79,20 +82,23 @@ class CachedStack:
         whole: how many of them, all at most, always run in full.
         slots: rows that there can be.
         halves: MarcheConfig.halves, or "each" where nothing is guided.
+        graphs: MarcheConfig.graphs.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], whole: int, slots: int, halves: str) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], whole: int, slots: int, halves: str, graphs: bool = False) -> None:
         all_blocks = [cast(Block, block) for block in blocks]
         self.first, self.later = all_blocks[:whole], all_blocks[whole:]
-        self.slots, self.halves = slots, halves
+        self.slots, self.halves, self.graphs = slots, halves, graphs
         self.caches: list[tuple[Tensor, Tensor]] = []
+        self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self.out: Tensor | None = None
 
     def refresh(self, x: Tensor) -> Tensor:
         """The output for all rows of x [B, n, width], which becomes what is remembered."""
         batch, n, width = x.shape
-        if self.out is None or self.out.shape[0] != batch or self.out.dtype != x.dtype:
-            self.out, self.caches = x.new_empty(batch, self.slots, width), []
+        kept = self.out is not None and self.out.shape[0] == batch and self.out.dtype == x.dtype
+        if self.out is None or not kept or self.out.is_inference() != torch.is_inference_mode_enabled():
+            self.out, self.caches, self._captured = x.new_empty(batch, self.slots, width), [], {}
         for block in self.first:
             x = block(x)
         for i, block in enumerate(self.later):
@@ -123,15 +129,45 @@ class CachedStack:
         q, k, v = self.first[-1].project(x)
         active = self._select(q[:, :, asking.start : asking.stop], k, must, min(size, n) - sum(map(len, must)))
         x = self.first[-1].finish(x, F.scaled_dot_product_attention(q, k, v))
+        cached = torch.zeros(x.shape[0], self.slots, dtype=torch.bool, device=x.device)
+        cached[:, :n] = True
+        cached.scatter_(1, active, False)
         where = active[:, :, None].expand(-1, -1, x.shape[2])
-        index, cached = active.int(), active.new_ones(active.shape[0], n, dtype=torch.bool).scatter_(1, active, False)
-        x = x.gather(1, where)
+        given = x.gather(1, where), active.int(), cached
+        x = self._replay(*given) if self.graphs and x.is_cuda else self._later(*given)
+        return self.out[:, :n].scatter_(1, where, x)
+
+    def _later(self, x: Tensor, index: Tensor, cached: Tensor) -> Tensor:
+        """The later blocks on active rows x [B, A, width] at `index` [B, A], beside the `cached` [B, slots] ones.
+
+        No size depends on how many rows are known, so that one CUDA graph serves all steps.
+        """
         for block, (k_cache, v_cache) in zip(self.later, self.caches, strict=True):
             q, k, v = block.project(x)
-            out, _ = split_attn(q, k, v, k_cache[:, :, :n], v_cache[:, :, :n], cached_mask=cached)
+            out, _ = split_attn(q, k, v, k_cache, v_cache, cached_mask=cached)
             kv_scatter(k_cache, v_cache, k, v, index)
             x = block.finish(x, out)
-        return self.out[:, :n].scatter_(1, where, x)
+        return x
+
+    def _replay(self, *given: Tensor) -> Tensor:
+        """_later as a CUDA graph, captured at the first call with these sizes; its result lives until the next call."""
+        key = tuple(given[0].shape)
+        if key not in self._captured:
+            kept = tuple(t.clone() for t in given)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles; it writes to the caches what the replay will write again
+                self._later(*kept)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self._later(*kept)
+            self._captured[key] = graph, kept, result
+        graph, kept, result = self._captured[key]
+        for to, source in zip(kept, given, strict=True):
+            to.copy_(source)
+        graph.replay()
+        return result
 
     def _select(self, q: Tensor, k: Tensor, must: Sequence[range], more: int) -> Tensor:
         """[B, rows] int64: `must` and the `more` other rows that receive most attention from q."""

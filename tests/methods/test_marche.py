@@ -220,10 +220,11 @@ def test_it_differs_from_mar_by_little_and_not_by_nothing():
 def test_one_object_for_many_generations():
     mar = tiny()
     marche = Marche(mar, SMALL)
-    for batch in (2, 5):
+    for batch, inference in ((2, False), (5, False), (5, True), (5, False)):
         options = dict(steps=8, head_steps=4)
         labels = torch.arange(batch)
-        got = mar.generate(labels, predict=marche.predict, generator=generator(batch), **options)
+        with torch.inference_mode(inference):
+            got = mar.generate(labels, predict=marche.predict, generator=generator(batch), **options)
         want = generate(mar, labels, config=SMALL, generator=generator(batch), **options)
         assert torch.equal(got, want)
 
@@ -266,14 +267,29 @@ def test_bad_arguments():
 
 
 @pytest.mark.gpu
-def test_runs_on_a_gpu():
+@pytest.mark.parametrize("graphs", [False, True])
+def test_runs_on_a_gpu(graphs):
     mar = tiny().cuda()
     options = dict(steps=8, cfg=2.0, head_steps=4)
     labels = torch.arange(3, device="cuda")
     want = mar.generate(labels, generator=generator(), **options)
     for config in (dataclasses.replace(SMALL, refresh=1), MarcheConfig(active=ROWS, encoder_active=ROWS)):
+        config = dataclasses.replace(config, graphs=graphs)
         got = generate(mar, labels, config=config, generator=generator(), **options)
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_graphs_change_nothing():
+    """Also for a second generation by the same object, and for one of another batch."""
+    mar = tiny().cuda()
+    plain, graphed = (Marche(mar, dataclasses.replace(SMALL, graphs=graphs)) for graphs in (False, True))
+    for batch in (3, 3, 2):
+        labels, options = torch.arange(batch, device="cuda"), dict(steps=8, head_steps=4)
+        want = mar.generate(labels, predict=plain.predict, generator=generator(batch), **options)
+        got = mar.generate(labels, predict=graphed.predict, generator=generator(batch), **options)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    assert graphed.decoder._captured
 
 
 def test_the_schedule_leaves_no_step_without_tokens():
