@@ -53,6 +53,7 @@ def schedule(steps: int) -> Schedule:
     return Schedule(steps)
 
 
+@functools.cache
 def cosine_signal() -> Tensor:
     """[TRAINED_STEPS] float64: the variance of the data that is left after each time step."""
     time = torch.arange(TRAINED_STEPS + 1, dtype=torch.float64) / TRAINED_STEPS
