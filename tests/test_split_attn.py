@@ -183,6 +183,16 @@ def test_a_nan_key_that_takes_part_shows(backend, device):
     assert out[0, 1:].isfinite().all()
 
 
+@per_dtype
+@pytest.mark.parametrize("cached", [4, 5, 64, 65])
+def test_an_infinite_value_stays_infinite(cached, dtype, cpu_isa):
+    q, k, v, kc, vc = make(n=0, c=cached, dtype=dtype)
+    vc[0, 0, -1, 2] = math.inf
+    out, _ = fastops.split_attn(q, k, v, kc, vc, backend="cpu")
+    assert (out[0, 0, :, 2] == math.inf).all()
+    assert out.isnan().sum() == 0
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     sizes=st.tuples(*(st.integers(0, high) for high in (2, 3, 70, 70, 150))),

@@ -14,6 +14,9 @@ constexpr int kLanes = V::kLanes;
 constexpr int kKeyVectors = kKeys / kLanes;
 constexpr int kAcross = kLanes == 16 ? 4 : 2;  // vectors that a group of kGroup rows is multiplied with at a time
 
+template <class T>
+constexpr bool kPairs = V::kUnits == 4 && std::is_same_v<T, BFloat16>;
+
 typedef int32_t Bits __attribute__((vector_size(sizeof(V::F))));
 
 FO_KERNEL FO_INLINE V::F all(float v) { return V::broadcast(&v); }
@@ -42,30 +45,51 @@ FO_KERNEL FO_INLINE V::F larger(V::F a, V::F b) {
   return reinterpret_cast<V::F>((reinterpret_cast<Bits>(a) & first) | (reinterpret_cast<Bits>(b) & ~first));
 }
 
-// A row as floats, with zeros up to `width`.
+// A row as floats times `factor`, or as pairs, with zeros up to `units` units.
 template <class T>
-FO_KERNEL FO_INLINE void widen(const T* from, int64_t count, int64_t width, float factor, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * factor;
-  for (int64_t i = count; i < width; ++i) to[i] = 0.0f;
+FO_KERNEL FO_INLINE void lay_out(const T* from, int64_t count, int64_t units, float factor, float* to) {
+  if constexpr (kPairs<T>) {
+    T* elements = reinterpret_cast<T*>(to);
+    std::memcpy(elements, from, static_cast<size_t>(count) * sizeof(T));
+    std::memset(elements + count, 0, static_cast<size_t>(2 * units - count) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * factor;
+    for (int64_t i = count; i < units; ++i) to[i] = 0.0f;
+  }
 }
 
-// keys [count] of width D -> to [width][kKeys]; lanes beyond `count` are 0.
+// keys [count] of d elements -> to [units][kKeys]; lanes beyond `count` are 0.
 template <class T>
-FO_KERNEL void transpose_keys(const T* const* keys, int64_t count, int64_t d, int64_t width, float* rows, float* to) {
+FO_KERNEL void transpose_keys(const T* const* keys, int64_t count, int64_t d, int64_t units, float* rows, float* to) {
   for (int64_t first = 0; first < count; first += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       if (first + i < count) {
-        widen(keys[first + i], d, width, 1.0f, rows + i * width);
+        lay_out(keys[first + i], d, units, 1.0f, rows + i * units);
       } else {
-        std::memset(rows + i * width, 0, static_cast<size_t>(width) * sizeof(float));
+        std::memset(rows + i * units, 0, static_cast<size_t>(units) * sizeof(float));
       }
     }
-    for (int64_t column = 0; column < width; column += kLanes) {
+    for (int64_t unit = 0; unit < units; unit += kLanes) {
       typename V::W words[kLanes];
-      for (int i = 0; i < kLanes; ++i) words[i] = V::load_words(rows + i * width + column);
+      for (int i = 0; i < kLanes; ++i) words[i] = V::load_words(rows + i * units + unit);
       V::transpose(words);
-      for (int i = 0; i < kLanes; ++i) V::store_words(to + (column + i) * kKeys + first, words[i]);
+      for (int i = 0; i < kLanes; ++i) V::store_words(to + (unit + i) * kKeys + first, words[i]);
     }
+  }
+}
+
+// values [count] of d elements -> to [count or half of it][width].
+template <class T>
+FO_KERNEL void lay_out_values(const T* const* values, int64_t count, int64_t d, int64_t width, float* to) {
+  if constexpr (kPairs<T>) {
+    for (int64_t i = 0; i < count; i += 2, to += width) {
+      const T *even = values[i], *odd = values[std::min(i + 1, count - 1)];
+      const uint32_t there = i + 1 < count ? 0xffffu : 0;  // the last one may be alone
+      for (int64_t j = 0; j < d; ++j) to[j] = std::bit_cast<float>(even[j].x | (odd[j].x & there) << 16);
+      for (int64_t j = d; j < width; ++j) to[j] = 0.0f;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) lay_out(values[i], d, width, 1.0f, to + i * width);
   }
 }
 
@@ -84,7 +108,7 @@ FO_KERNEL FO_INLINE void multiply(const float* a, int64_t a_stride, const float*
     for (int c = 0; c < kWide; ++c) some[c] = V::load(b + i * b_stride + c * kLanes);
     for (int r = 0; r < kGroup; ++r) {
       const V::F each = V::broadcast(a + r * a_stride + i);
-      for (int c = 0; c < kWide; ++c) acc[r][c] = V::fma(each, some[c], acc[r][c]);
+      for (int c = 0; c < kWide; ++c) acc[r][c] = V::mac(acc[r][c], some[c], each);
     }
   }
   for (int r = 0; r < kGroup; ++r) {
@@ -104,9 +128,15 @@ FO_KERNEL FO_INLINE void multiply_all(const float* a, int64_t a_stride, const fl
   }
 }
 
-// Scores of a row, in units of log 2, to probabilities over their running maximum; returns what the row's sums shrink
-// by.
-FO_KERNEL FO_INLINE float soften(float* scores, int64_t count, float& highest, float& total) {
+// Scores of a row, in units of log 2 once multiplied by `factor`, to probabilities over their running maximum, in place
+// and as pairs where those are used; returns what the row's sums shrink by.
+template <bool kAsPairs>
+FO_KERNEL FO_INLINE float soften(float* scores, int64_t count, float factor, float& highest, float& total) {
+  if constexpr (kAsPairs) {
+    for (int c = 0; c < kKeyVectors; ++c) {
+      V::store(scores + c * kLanes, V::mul(V::load(scores + c * kLanes), all(factor)));
+    }
+  }
   for (int64_t i = count; i < kKeys; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   V::F most = V::load(scores);
   for (int c = 1; c < kKeyVectors; ++c) most = larger(V::load(scores + c * kLanes), most);
@@ -117,7 +147,11 @@ FO_KERNEL FO_INLINE float soften(float* scores, int64_t count, float& highest, f
   V::F sum = V::zero();
   for (int c = 0; c < kKeyVectors; ++c) {
     const V::F p = exp2_down(V::add(V::load(scores + c * kLanes), all(-base)));
-    V::store(scores + c * kLanes, p);
+    if constexpr (kAsPairs) {
+      V::store_as(reinterpret_cast<BFloat16*>(scores) + c * kLanes, p);
+    } else {
+      V::store(scores + c * kLanes, p);
+    }
     sum = V::add(sum, p);
   }
   const float shrink = std::exp2(before - base);
@@ -130,25 +164,30 @@ FO_KERNEL void attend(const Params& p, int64_t task, float* scratch) {
   const Sizes sizes(p.d, kLanes);
   const int64_t width = sizes.width, tile = task % p.tiles, head = task / p.tiles % p.h, batch = task / p.tiles / p.h;
   const int64_t first = tile * kRows, rows = std::min(kRows, p.a - first);
+  constexpr int64_t kPer = kPairs<T> ? 2 : 1;  // elements in a unit
+  const int64_t units = ceil_div(ceil_div(p.d, kPer), kLanes) * kLanes;
   float *q = scratch, *keys = q + sizes.q, *values = keys + sizes.keys, *scores = values + sizes.values;
-  float *out = scores + sizes.scores, *widened = out + sizes.out;
+  float *out = scores + sizes.scores, *laid_out = out + sizes.out;
   float highest[kRows], total[kRows], shrink[kRows];
   std::fill_n(highest, kRows, -std::numeric_limits<float>::infinity());
   std::fill_n(total, kRows, 0.0f);
   std::memset(out, 0, static_cast<size_t>(sizes.out) * sizeof(float));
-  const int64_t padded = (rows + kGroup - 1) / kGroup * kGroup;
+  const int64_t padded = ceil_div(rows, kGroup) * kGroup;
   for (int64_t r = 0; r < padded; ++r) {
-    widen(p.q.row<T>(batch, head, first + std::min(r, rows - 1)), p.d, width, p.factor, q + r * width);
+    lay_out(p.q.row<T>(batch, head, first + std::min(r, rows - 1)), p.d, units, p.factor, q + r * units);
   }
   const T *some_keys[kKeys], *some_values[kKeys];
   for (Walk walk{p, batch, head}; const int64_t count = walk.next(some_keys, some_values);) {
-    transpose_keys(some_keys, count, p.d, width, widened, keys);
-    for (int64_t i = 0; i < count; ++i) widen(some_values[i], p.d, width, 1.0f, values + i * width);
-    const int64_t vectors = (count + kLanes - 1) / kLanes;
+    transpose_keys(some_keys, count, p.d, units, laid_out, keys);
+    lay_out_values(some_values, count, p.d, width, values);
+    const int64_t vectors = ceil_div(count, kLanes);
     for (int64_t r = 0; r < padded; r += kGroup) {
-      multiply_all<false>(q + r * width, width, keys, kKeys, p.d, nullptr, scores + r * kKeys, kKeys, vectors);
-      for (int64_t i = r; i < r + kGroup; ++i) shrink[i] = soften(scores + i * kKeys, count, highest[i], total[i]);
-      multiply_all<true>(scores + r * kKeys, kKeys, values, width, count, shrink + r, out + r * width, width,
+      float* of = scores + r * kKeys;
+      multiply_all<false>(q + r * units, units, keys, kKeys, ceil_div(p.d, kPer), nullptr, of, kKeys, vectors);
+      for (int64_t i = 0; i < kGroup; ++i) {
+        shrink[r + i] = soften<kPairs<T>>(of + i * kKeys, count, p.factor, highest[r + i], total[r + i]);
+      }
+      multiply_all<true>(of, kKeys, values, width, ceil_div(count, kPer), shrink + r, out + r * width, width,
                          width / kLanes);
     }
   }

@@ -1,14 +1,16 @@
 // split_attn: out = softmax(scale q [k_active, k_cached]^T) [v_active, v_cached], and the log of the softmax's sum.
 // Floor at batch 2, 16 heads, 64 queries, 64 + 256 keys, D 64, fp32: 6.8 MB, 0.24 ms at 28 GB/s (copy, 2 threads); 168
-// Mflop, 0.7 ms at 235 Gflop/s (fp32, 2 threads at 3.67 GHz): flop-bound. So a head's keys and values are laid out once
-// in the caches for up to 66 queries, and both products run in registers: see common/cpu_split_attn.h.
-// Reached: bench/results/cpu/split_attn.json.
+// Mflop, 0.7 ms at 235 Gflop/s (fp32, 2 threads at 3.67 GHz): flop-bound (0.35 ms in bf16). So a head's keys and values
+// are laid out once in the caches for up to 66 queries, and both products run in registers: see
+// common/cpu_split_attn.h. Reached: bench/results/cpu/split_attn.json.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "common/cpu_output.h"
 #include "common/cpu_simd.h"
@@ -47,7 +49,7 @@ struct Params {
 
 // Floats of scratch for a head dim and a vector's lanes.
 struct Sizes {
-  int64_t width, q, keys, values, scores, out, widened;
+  int64_t width, q, keys, values, scores, out, laid_out;
   Sizes(int64_t d, int64_t lanes)
       : width(ceil_div(d, lanes) * lanes),
         q(kRows * width),
@@ -55,8 +57,8 @@ struct Sizes {
         values(kKeys * width),
         scores(kRows * kKeys),
         out(kRows * width),
-        widened(lanes * width) {}
-  int64_t all() const { return q + keys + values + scores + out + widened; }
+        laid_out(lanes * width) {}
+  int64_t all() const { return q + keys + values + scores + out + laid_out; }
 };
 
 // The keys that take part, active ones first, kKeys at a time.
@@ -104,6 +106,14 @@ namespace avx512 {
 #undef FO_VECTOR
 #undef FO_KERNEL
 }  // namespace avx512
+
+namespace avx512_bf16 {
+#define FO_VECTOR simd::Avx512Bf16
+#define FO_KERNEL FO_TARGET_AVX512_BF16
+#include "common/cpu_split_attn.h"
+#undef FO_VECTOR
+#undef FO_KERNEL
+}  // namespace avx512_bf16
 #endif
 
 namespace {
@@ -116,6 +126,9 @@ struct Kernel {
 template <class T>
 Kernel kernel_for(Isa isa) {
 #if defined(FASTOPS_X86)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (isa >= Isa::kAvx512Bf16) return {&avx512_bf16::attend<T>, simd::Avx512Bf16::kLanes};
+  }
   if (isa >= Isa::kAvx512) return {&avx512::attend<T>, simd::Avx512::kLanes};
   if (isa == Isa::kAvx2) return {&avx2::attend<T>, simd::Avx2::kLanes};
 #endif
