@@ -6,6 +6,9 @@
 // A task is up to kRows queries of a head. Keys come in tiles of up to kKeys that take part, from either set: those
 // that the mask leaves out are never touched. Of a tile, keys are transposed, so that lanes run along the keys in the
 // scores and along D in the output, and every product is a broadcast times a vector.
+//
+// A unit, 32 bits in a lane, is a float, or where the CPU multiplies bf16 two of them: of queries and keys two elements
+// of D, of probabilities and values two keys. Then the scale is applied to scores, and probabilities are rounded.
 
 namespace {
 
