@@ -1,8 +1,8 @@
 // split_attn: out = softmax(scale q [k_active, k_cached]^T) [v_active, v_cached], and the log of the softmax's sum.
 // Floor at batch 2, 16 heads, 64 queries, 64 + 256 keys, D 64, fp32: 6.8 MB, 0.24 ms at 28 GB/s (copy, 2 threads); 168
-// Mflop, 0.7 ms at 235 Gflop/s (fp32, 2 threads at 3.67 GHz), half of it where the CPU multiplies bf16: flop-bound. So a
-// head's keys and values are laid out once in the caches for up to 66 queries, and both products run in registers: see
-// common/cpu_split_attn.h.
+// Mflop, 0.7 ms at 235 Gflop/s (fp32, 2 threads at 3.67 GHz), half of it where the CPU multiplies bf16: flop-bound.
+// A head's keys and values are laid out once in the caches for up to 66 queries, and both products run in registers:
+// see common/cpu_split_attn.h.
 // Reached: bench/results/cpu/split_attn.json.
 #include <algorithm>
 #include <bit>
