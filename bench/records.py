@@ -104,7 +104,7 @@ def op_sources(stem: str, backend: str) -> tuple[str, ...]:
     """
     return {
         "cuda": _with_headers(f"csrc/cuda/{stem}.cu", (".cuh", "_plan.h")),
-        "triton": (f"triton_ops/{stem}.py",),
+        "triton": _with_shared(f"triton_ops/{stem}.py"),
         "cpu": _with_headers(f"csrc/cpu/{stem}.cpp", (".h",)),
         "reference": (f"reference/{stem}.py",),
     }[backend]
@@ -120,6 +120,13 @@ def _with_headers(source: str, endings: tuple[str, ...]) -> tuple[str, ...]:
         seen |= new
         left += new
     return (source, *sorted(f for f in seen - {source} if f.endswith(endings)))
+
+
+def _with_shared(page: str) -> tuple[str, ...]:
+    """`page` of triton_ops and the files of kernels' parts, `from ._name import`, that it shares with others."""
+    file = ROOT / page
+    text = file.read_text() if file.exists() else ""
+    return page, *(f"triton_ops/{name}.py" for name in re.findall(r"^from \.(_\w+) import", text, re.MULTILINE))
 
 
 def kernel_hash(sources: Iterable[str]) -> str:

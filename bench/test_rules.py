@@ -13,7 +13,7 @@ import torch
 from fastops import _registry
 from fastops.reference._truth import Cost
 
-from . import bench_nf4_gemv, harness, plots, records, report
+from . import bench_kv_append, bench_nf4_gemv, harness, plots, records, report
 from .bench_nf4_dequant import BENCH, case
 from .floors import Peaks
 from .methods import bench_nf4
@@ -87,6 +87,29 @@ def test_peers_compute_the_product(bench: harness.Bench, dq: bool) -> None:
             distances[name] = harness.difference(peer.prepare(call)(), ours) / peer.tolerance
     assert {"cublas", "torch", "dequant+cublas"} <= set(distances)
     assert max(distances.values()) <= 1, distances
+
+
+@needs_kernel
+@pytest.mark.parametrize("more", [{}, {"page_size": 16}, {"rope": True}], ids=str)
+@pytest.mark.parametrize("bench", bench_kv_append.BENCHES, ids=lambda bench: bench.op)
+def test_what_is_written_in_place_is_proved_and_compared(bench: harness.Bench, more: dict[str, Any]) -> None:
+    """Each backend and each peer starts from the caches as they were."""
+    if bench.op == "kv_scatter" and more:
+        pytest.skip("never paged, never rotated")
+    small = bench_kv_append.case(3, 8, 20, (2, 32), torch.float32, device="cpu", **more)
+    call = bench.inputs(small, CPU)
+    before = call.clone()
+    outcome = harness.Outcome(small)
+    errors, output = bench._prove(call, CPU, outcome)
+    assert set(errors) == {"cpu"}
+    assert not outcome.failures
+    assert all(torch.equal(a, b) for a, b in zip(call.args, before.args, strict=True))
+    peers = bench._peers(call, output, outcome)
+    static = {"hf_static"} if bench.op == "kv_append" and "page_size" not in more else set()
+    assert set(peers) == {"torch"} | static, outcome.absent
+    spoilt = dataclasses.replace(bench, chunks=lambda call, output: [((output[0] + 1, output[1]), call)])
+    assert not spoilt._prove(call, CPU, outcome)[0]
+    assert outcome.failures[0].startswith("cpu: error ")
 
 
 @needs_kernel
@@ -177,6 +200,11 @@ def test_an_edit_makes_its_own_backend_stale(
     with (tmp_path / edited).open("a") as text:
         text.write("// after\n")
     assert {b for b, now in hashes().items() if now != before[b]} == older
+
+
+def test_an_edit_of_a_shared_part_makes_its_kernels_stale() -> None:
+    assert harness.page("decode_attn").sources("triton") == ("triton_ops/decode_attn.py", "triton_ops/_attention.py")
+    assert BENCH.sources("triton") == ("triton_ops/nf4_dequant.py",)
 
 
 def test_chunks_cover_the_whole_output() -> None:

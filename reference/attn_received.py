@@ -22,10 +22,11 @@ def attn_received(q: Tensor, k: Tensor, *, mask: Tensor | None = None, scale: fl
     """[B, S] of q [B, H, G, D] and k [B, H, S, D]; a key that the mask leaves out receives 0."""
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(compute) @ k.to(compute).mT * softmax_scale(scale, q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~full_mask(mask, k)[:, None, None], -math.inf)
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - lse.masked_fill(lse == -math.inf, 0.0)).exp().sum(dim=(1, 2))
+    if mask is None:
+        return scores.softmax(dim=-1).sum(dim=(1, 2))
+    seen = full_mask(mask, k)
+    p = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(dim=-1)
+    return p.sum(dim=(1, 2)).masked_fill(~seen.any(dim=1, keepdim=True), 0.0)  # nothing to attend to
 
 
 def full_mask(mask: Tensor, k: Tensor) -> Tensor:

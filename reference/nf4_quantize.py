@@ -20,9 +20,10 @@ BUDGET = 0.0  # every nibble and every absmax exactly
 
 
 def midpoints(code: Tensor) -> tuple[Tensor, Tensor]:
-    """([15] decision boundaries between neighbouring codes, [16] sorted position -> nibble)."""
+    """([15] decision boundaries between neighbouring codes, [16] sorted position -> nibble), never a NaN's."""
     ordered, order = torch.sort(code, stable=True)
-    return (ordered[:-1] + ordered[1:]) / 2, order
+    middle = (ordered[:-1] + ordered[1:]) / 2
+    return torch.where(middle.isnan(), torch.inf, middle), order
 
 
 def nf4_quantize(w: Tensor, blocksize: int = 64, *, code: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def split_attn(
         scores = scores.masked_fill(~seen[:, :, None, :], -math.inf)
         v = v.masked_fill(~seen[..., None], 0.0)  # a slot left out may hold anything
     lse = scores.logsumexp(dim=-1)
-    p = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+    p = scores.softmax(dim=-1).masked_fill((lse == -math.inf)[..., None], 0.0)
     out = (p @ v).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import fastops.testing
+from fastops.cli import smollm2
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -46,3 +47,18 @@ def cpu_isa(request):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     extension.limit_cpu_isa(before)
+
+
+@pytest.fixture(scope="session")
+def smol():
+    """(SmolLM2-135M-Instruct in fp32, the tokens of a real text: chapters of the Python language reference)."""
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where others use the cores, two threads that wait for each other are many times slower
+    try:
+        model, tokenizer = smollm2.load(smollm2.gguf_file(), torch.device("cpu"), torch.float32)
+        yield model, tokenizer(smollm2.real_text(), return_tensors="pt").input_ids[0]
+    except smollm2.Missing as missing:
+        pytest.skip(str(missing))
+    finally:
+        torch.set_num_threads(threads)

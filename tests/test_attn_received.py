@@ -111,6 +111,15 @@ def test_strides(dtype, backend, device, poison):
 
 
 @per_backend
+def test_equal_scores_are_shared_out_exactly(backend, device):
+    """Where all scores are the same, an error of the sum would move every key alike, and nothing would average it."""
+    for keys in (3, 7, 100, 149, 320):
+        q, k = make(3, 3, 40, keys, 8, device=device)
+        got = check((q * 0, k), backend)
+        torch.testing.assert_close(got, torch.full_like(got, 120 / keys), rtol=5e-7, atol=0)
+
+
+@per_backend
 def test_batches_do_not_influence_each_other(backend, device):
     q, k = make(device=device)
     want = fastops.attn_received(q, k, backend=backend)

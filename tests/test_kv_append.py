@@ -82,7 +82,17 @@ def test_matches_the_truth(op, name, dtype):
             assert error(op, find(op, name, device, dtype), backend) <= TRUTH[op].budget, backend
 
 
-@backends("kv_append", "kv_compact", "kv_scatter")
+@per_dtype
+def test_every_instruction_set(dtype, cpu_isa):
+    for s in reference.samples(CPU, dtype):
+        (_, _, *rest), kwargs = sample = (s.args, s.kwargs)
+        got, before = run("kv_append", sample, "cpu")
+        assert reference.error(got, *before, *rest, **kwargs) <= reference.BUDGET, s.name
+        reference.kv_append(*before, *rest, **kwargs)
+        assert all(torch.equal(g, w) for g, w in zip(got, before, strict=True)), s.name
+
+
+@per_backend
 @per_dtype
 def test_poisoned_caches(op, backend, device, dtype):
     """Rows that are not written may hold anything, and keep it bit for bit."""
@@ -584,7 +594,7 @@ NASTY = [-(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 9, 15, 16, 17, 2147480000, 2**31 - 
 
 
 def hostile_call(op, trial):
-    """Integers that may be anything; no two rows go to the same place, which would make the result a matter of order."""
+    """Integers that may be anything; no two rows go to one place, or the result would be a matter of order."""
     generator = torch.Generator().manual_seed(trial)
 
     def hostile(*shape):

@@ -78,7 +78,8 @@ def _quantize_kernel(
 def _midpoints(code: Tensor) -> tuple[Tensor, Tensor]:
     """Boundaries between neighbouring codes, and the nibble of each sorted position."""
     ordered, order = torch.sort(code.reshape(-1), stable=True)
-    return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
+    middle = ((ordered[:-1] + ordered[1:]) / 2).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return middle, order.to(torch.uint8)  # no number is nearer to a NaN
 
 
 NF4_BOUNDS = tuple(_midpoints(torch.tensor(NF4_CODE, dtype=torch.float32))[0].tolist())

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastops import _registry
 from fastops.methods import Marche, MarcheConfig
 from fastops.methods.marche import rows_computed
-from fastops.models import BASE, HUGE, LARGE, Mar, MarConfig
+from fastops.models import MAR_BASE, MAR_HUGE, MAR_LARGE, Mar, MarConfig
 from fastops.models.mar import Predict, random_places, tokens_a_step
 from fastops.reference._truth import Cost
 
@@ -33,7 +33,7 @@ from ..timing import FULL, Runner
 from . import digits
 
 OURS, UNCACHED = "fastops", "mar"
-MODELS = {"MAR-B": BASE, "MAR-L": LARGE, "MAR-H": HUGE}
+MODELS = {"MAR-B": MAR_BASE, "MAR-L": MAR_LARGE, "MAR-H": MAR_HUGE}
 CFG, HEAD_STEPS = 2.9, 100
 TOLERANCE = 1e-2  # of a step's conditions: refreshed every step against MAR; usual layout against ours, in bf16
 

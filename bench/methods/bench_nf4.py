@@ -130,9 +130,16 @@ def check(what: str, distance: float, limit: float) -> None:
 
 
 def step_us(variants: dict[str, Variant], prompt: Tensor, session: Session) -> dict[str, float]:
-    """The median step of generate() with each; on a CPU, that others may share, the lower quartile."""
+    """The median step of generate() with each; on a CPU, that others may share, the lower quartile.
+
+    Each generates once before: a cache that grows by concatenation asks the driver for memory at almost every step of
+    the first text of its size, which takes longer than the step, and whoever came first would pay for all.
+    """
     count = NEW_TOKENS if session.effort == FULL else QUICK_TOKENS
     steps: dict[str, list[float]] = {name: [] for name in variants}
+    for variant in variants.values():
+        with variant() as model:
+            generate(model, prompt, count, lambda: None)
     for name in [*variants, *reversed(variants)]:  # there and back: a machine that slows down slows all alike
         with variants[name]() as model:
             steps[name] += generate(model, prompt, count, lambda: None)[1]

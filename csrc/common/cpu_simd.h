@@ -1,10 +1,12 @@
-// The vector operations that the CPU products are written in, once for each instruction set. F holds kLanes floats and
-// W as many 32-bit words of packed codes. What a product multiplies is a *unit*: 32 bits that lie in a lane of an F,
-// one float, or (Avx512Bf16) two bf16 that a single instruction multiplies and adds. A word of 8 codes makes kUnits
-// units. Code i of a word stands in its bits 4i: in memory order that is weight i ^ 1, since the high nibble comes
-// first. Every function is inlined into kernels of the same target; see cpu_nf4_product.h.
+// The vector operations that the CPU products and attention are written in, once for each instruction set. F holds
+// kLanes floats and W as many 32-bit words, of packed codes say. What a product multiplies is a *unit*: 32 bits that
+// lie in a lane of an F, one float, or (Avx512Bf16) two bf16 that a single instruction multiplies and adds. A word of 8
+// codes makes kUnits units. Code i of a word stands in its bits 4i: in memory order that is weight i ^ 1, since the
+// high nibble comes first. Every function is inlined into kernels of the same target; see cpu_nf4_product.h and
+// cpu_attention_kernel.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/cpu_convert.h"
@@ -14,7 +16,21 @@
 #include <immintrin.h>
 #endif
 
+namespace fastops {
+
+// `rows` in as few groups of at most `most` as they fill, of sizes that differ by at most one.
+struct RowGroups {
+  int64_t count, size, longer;
+  RowGroups(int64_t rows, int64_t most)
+      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
+  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
+};
+
+}  // namespace fastops
+
 namespace fastops::simd {
+
+constexpr float kToInteger = 0x1.8p23f;  // added and taken away again, it rounds to an integer
 
 // Vectors of the compiler's own, 128 bits wide: what every machine has.
 struct Scalar {
@@ -89,6 +105,37 @@ struct Scalar {
   FO_INLINE static void store_as(T* p, F v) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<T>(v[i]);
   }
+  template <class T>
+  FO_INLINE static F load(const T* p) {
+    return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  FO_INLINE static W as_words(F v) { return reinterpret_cast<W>(v); }
+  FO_INLINE static F as_floats(W v) { return reinterpret_cast<F>(v); }
+
+  FO_INLINE static F set(float v) { return F{v, v, v, v}; }
+  FO_INLINE static F sub(F a, F b) { return a - b; }
+  FO_INLINE static F div(F a, F b) { return a / b; }
+  FO_INLINE static F max(F a, F b) { return a > b ? a : b; }
+  FO_INLINE static float max_of(F v) {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+  // Sums of each of four vectors, in parts, of which join() makes kLanes whole ones.
+  FO_INLINE static F quad(F a, F b, F c, F d) {
+    return F{a[0], b[0], c[0], d[0]} + F{a[1], b[1], c[1], d[1]} + F{a[2], b[2], c[2], d[2]} +
+           F{a[3], b[3], c[3], d[3]};
+  }
+  FO_INLINE static F join(const F (&quads)[kLanes / 4]) { return quads[0]; }
+  FO_INLINE static F select(uint32_t bits, F a, F b) {
+    return (W{bits, bits, bits, bits} & W{1, 2, 4, 8}) != 0 ? a : b;
+  }
+  FO_INLINE static F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<W>(v) & 0x7fffffffu); }
+  FO_INLINE static F with_sign(F v, F of) {
+    return reinterpret_cast<F>(reinterpret_cast<W>(v) | (reinterpret_cast<W>(of) & 0x80000000u));
+  }
+  FO_INLINE static F below(F v, float limit, F a, F b) { return v < set(limit) ? a : b; }
+  // 2^n for n + kToInteger, n from -127 (which gives 0) to 127.
+  FO_INLINE static F power_of_two(F shifted) { return reinterpret_cast<F>((reinterpret_cast<W>(shifted) + 127) << 23); }
 };
 
 #if defined(FASTOPS_X86)
@@ -179,6 +226,40 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
   }
+  FO_SIMD F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  FO_SIMD F load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  FO_SIMD W as_words(F v) { return _mm256_castps_si256(v); }
+  FO_SIMD F as_floats(W v) { return _mm256_castsi256_ps(v); }
+
+  FO_SIMD F set(float v) { return _mm256_set1_ps(v); }
+  FO_SIMD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  FO_SIMD F div(F a, F b) { return _mm256_div_ps(a, b); }
+  FO_SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
+  FO_SIMD float max_of(F v) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  FO_SIMD F quad(F a, F b, F c, F d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+  FO_SIMD F join(const F (&quads)[kLanes / 4]) {
+    return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  }
+  FO_SIMD F select(uint32_t bits, F a, F b) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(on));
+  }
+  FO_SIMD F abs(F v) { return _mm256_andnot_ps(set(-0.0f), v); }
+  FO_SIMD F with_sign(F v, F of) { return _mm256_or_ps(v, _mm256_and_ps(set(-0.0f), of)); }
+  FO_SIMD F below(F v, float limit, F a, F b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(v, set(limit), _CMP_LT_OQ));
+  }
+  FO_SIMD F power_of_two(F shifted) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(as_words(shifted), _mm256_set1_epi32(127)), 23));
+  }
 #undef FO_SIMD
 };
 
@@ -262,6 +343,38 @@ struct Avx512 {
     const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet_nan);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
   }
+  FO_SIMD F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  FO_SIMD F load(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  FO_SIMD W as_words(F v) { return _mm512_castps_si512(v); }
+  FO_SIMD F as_floats(W v) { return _mm512_castsi512_ps(v); }
+
+  FO_SIMD F set(float v) { return _mm512_set1_ps(v); }
+  FO_SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  FO_SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
+  FO_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
+  FO_SIMD float max_of(F v) { return _mm512_reduce_max_ps(v); }
+  FO_SIMD F quad(F a, F b, F c, F d) {
+    const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  FO_SIMD F join(const F (&quads)[kLanes / 4]) {
+    const F low = add(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const F high = add(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88), _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
+  FO_SIMD F select(uint32_t bits, F a, F b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits), a); }
+  FO_SIMD F abs(F v) { return _mm512_abs_ps(v); }
+  FO_SIMD F with_sign(F v, F of) { return _mm512_or_ps(v, _mm512_and_ps(set(-0.0f), of)); }
+  FO_SIMD F below(F v, float limit, F a, F b) {
+    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(v, set(limit), _CMP_LT_OQ), a);
+  }
+  FO_SIMD F power_of_two(F shifted) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(as_words(shifted), _mm512_set1_epi32(127)), 23));
+  }
 #undef FO_SIMD
 };
 
@@ -281,6 +394,19 @@ struct Avx512Bf16 : Avx512 {
   }
   FO_SIMD F mac(F acc, F w, F x) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  // 2 kLanes floats, rounded to bf16.
+  FO_SIMD void store_units(float* p, F low, F high) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+  // Pairs (a[i], b[i]) of the 2 kLanes bf16 of each: the lower half of them and the upper.
+  FO_SIMD void interleave(W a, W b, F& low, F& high) {
+    const __m512i index =
+        _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007, 0x280008,
+                          0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
+    low = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, index, b));
+    const __m512i later = _mm512_add_epi16(index, _mm512_set1_epi16(16));
+    high = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, later, b));
   }
 #undef FO_SIMD
 };

@@ -12,11 +12,10 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "common/cpu_output.h"
+#include "common/cpu_scratch.h"
 #include "common/cpu_simd.h"
 #include "common/nf4.h"
 #include "common/register.h"
@@ -52,14 +51,6 @@ struct Job {
 // fp32 products of a sum of `size` that are added up one after the other before their sum joins the others: the
 // rounding errors of a chain weigh less where there are more of them.
 constexpr int64_t chain(int64_t size) { return size < 256 ? kMinChain : 2 * kMinChain; }
-
-// Rows in as few groups of at most `most` as they fill, of sizes that differ by at most one.
-struct RowGroups {
-  int64_t count, size, longer;
-  RowGroups(int64_t rows, int64_t most)
-      : count(ceil_div(rows, most)), size(count ? rows / count : 0), longer(count ? rows % count : 0) {}
-  int64_t start(int64_t group) const { return group * size + std::min(group, longer); }
-};
 
 // Floats between the scales of two rows of W in the scratch of dot_rows.
 inline int64_t dot_scales(const Job& job, int64_t lanes) { return (job.k >> job.scales.block_shift) + 2 + lanes; }
@@ -115,29 +106,6 @@ namespace avx512_bf16 {
 #endif
 
 namespace {
-
-// Uninitialised floats on a cache line of their own; large ones from the pool of outputs.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float) + kLine;
-    if (bytes >= HostPool::kMinBytes) data_ = HostPool::get().take(bytes, &capacity_);
-    pooled_ = data_ != nullptr;
-    if (!pooled_) data_ = ::operator new(bytes, std::align_val_t(kLine));
-  }
-  ~Buffer() {
-    pooled_ ? HostPool::get().give_back(data_, capacity_) : ::operator delete(data_, std::align_val_t(kLine));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* get() const { return static_cast<float*>(data_); }
-
- private:
-  static constexpr size_t kLine = 64;
-  void* data_ = nullptr;
-  size_t capacity_ = 0;
-  bool pooled_ = false;
-};
 
 template <class T>
 Kernels<T> kernels_for(Isa isa, bool bf16_units) {

@@ -36,7 +36,10 @@ void set_code(Params& p, const float* code) {
   std::stable_sort(p.order, p.order + 16, [&](uint8_t a, uint8_t b) {
     return code[a] < code[b] || (!std::isnan(code[a]) && std::isnan(code[b]));  // NaNs last
   });
-  for (int i = 0; i < 15; ++i) p.bounds[i] = (code[p.order[i]] + code[p.order[i + 1]]) / 2;
+  for (int i = 0; i < 15; ++i) {
+    const float middle = (code[p.order[i]] + code[p.order[i + 1]]) / 2;
+    p.bounds[i] = std::isnan(middle) ? INFINITY : middle;  // no number is nearer to a NaN
+  }
   p.sorted = std::is_sorted(p.order, p.order + 16);
 }
 

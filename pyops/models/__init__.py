@@ -1,5 +1,25 @@
-"""The substrates that methods work on: models in plain PyTorch, with the parts that methods vary as parts."""
+"""Models that the methods run on: one decoder with parts that plug in, and the networks of the papers."""
 
-from .mar import BASE, HUGE, LARGE, Mar, MarConfig
+from ._rows import Rows
+from ._sampling import Sampling
+from .caches import KVCache, UpfrontCache
+from .decoder import Attention, Decoder, FullAttention
+from .generation import Decoding, OneToken
+from .mar import MAR_BASE, MAR_HUGE, MAR_LARGE, Mar, MarConfig
 
-__all__ = ["BASE", "HUGE", "LARGE", "Mar", "MarConfig"]
+__all__ = [
+    "MAR_BASE",
+    "MAR_HUGE",
+    "MAR_LARGE",
+    "Attention",
+    "Decoder",
+    "Decoding",
+    "FullAttention",
+    "KVCache",
+    "Mar",
+    "MarConfig",
+    "OneToken",
+    "Rows",
+    "Sampling",
+    "UpfrontCache",
+]

@@ -52,9 +52,9 @@ class MarConfig:
     classes: int = 1000
 
 
-BASE = MarConfig()
-LARGE = MarConfig(width=1024, depth=16, heads=16, head_width=1280, head_depth=8)
-HUGE = MarConfig(width=1280, depth=20, heads=16, head_width=1536, head_depth=12)
+MAR_BASE = MarConfig()
+MAR_LARGE = MarConfig(width=1024, depth=16, heads=16, head_width=1280, head_depth=8)
+MAR_HUGE = MarConfig(width=1280, depth=20, heads=16, head_width=1536, head_depth=12)
 
 
 class Attention(nn.Module):
@@ -123,12 +123,12 @@ class Predict(Protocol):
 class Mar(nn.Module):
     """The model; random weights until a state dict is loaded.
 
-    mar = Mar(fastops.models.BASE)
+    mar = Mar(fastops.models.MAR_BASE)
     mar.load_state_dict(torch.load("checkpoint-last.pth")["model_ema"])
     latents = mar.generate(torch.tensor([207, 360]), cfg=2.9)  # [2, 256, 16], for the VAE's decoder
     """
 
-    def __init__(self, config: MarConfig = BASE) -> None:
+    def __init__(self, config: MarConfig = MAR_BASE) -> None:
         super().__init__()
         self.config = config
         width, rows = config.width, config.buffer + config.tokens

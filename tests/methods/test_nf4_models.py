@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastops.cli import smollm2
 from fastops.cli._measure import perplexity
 from fastops.methods import Nf4Linear, accelerate_bitsandbytes, bitsandbytes_state_dict, quantize_model
 
@@ -58,20 +57,6 @@ def test_a_model_that_transformers_loads_in_4_bits(double_quant, tmp_path):
         ours.config.quantization_config = options
         ours.save_pretrained(tmp_path / "ours", state_dict=bitsandbytes_state_dict(ours))
         torch.testing.assert_close(accelerate_bitsandbytes(quiet(tmp_path / "ours"))(ids).logits, want)
-
-
-@pytest.fixture(scope="module")
-def smol():
-    """(SmolLM2-135M-Instruct in fp32, the tokens of a real text: chapters of the Python language reference)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # where others use the cores, two threads that wait for each other are many times slower
-    try:
-        model, tokenizer = smollm2.load(smollm2.gguf_file(), torch.device("cpu"), torch.float32)
-        yield model, tokenizer(smollm2.real_text(), return_tensors="pt").input_ids[0]
-    except smollm2.Missing as missing:
-        pytest.skip(str(missing))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fastops.models import BASE, HUGE, LARGE, Mar, MarConfig
+from fastops.models import MAR_BASE, MAR_HUGE, MAR_LARGE, Mar, MarConfig
 from fastops.models._diffusion import Schedule, cosine_signal
 from fastops.models.mar import random_places, tokens_a_step
 
@@ -74,9 +74,9 @@ def official(width, depth, head_width, head_depth):
 
 
 SIZES = {
-    "base": (BASE, (768, 12, 1024, 6), 364, 208),
-    "large": (LARGE, (1024, 16, 1280, 8), 476, 478),
-    "huge": (HUGE, (1280, 20, 1536, 12), 604, 942),
+    "base": (MAR_BASE, (768, 12, 1024, 6), 364, 208),
+    "large": (MAR_LARGE, (1024, 16, 1280, 8), 476, 478),
+    "huge": (MAR_HUGE, (1280, 20, 1536, 12), 604, 942),
 }
 
 
