@@ -393,6 +393,62 @@ def torch_scatter(call: Call) -> Runner:
     return run
 
 
+def cat_sdpa(call: Call) -> Runner:
+    """Join both sets of keys, then torch's attention: what split_attn saves is the joining."""
+    q, k_active, v_active, k_cached, v_cached = call.args
+    mask = _joined_mask(call)
+
+    def run() -> Tensor:
+        k, v = torch.cat([k_active, k_cached], dim=2), torch.cat([v_active, v_cached], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return run
+
+
+def joined_sdpa(call: Call) -> Runner:
+    """torch's attention on keys that somebody joined for nothing."""
+    q, k_active, v_active, k_cached, v_cached = call.args
+    k, v = torch.cat([k_active, k_cached], dim=2), torch.cat([v_active, v_cached], dim=2)
+    return functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=_joined_mask(call))
+
+
+def _joined_mask(call: Call) -> Tensor | None:
+    """[B, 1, 1, A' + C] of a split_attn call, or None."""
+    mask = call.kwargs.get("cached_mask")
+    if mask is None:
+        return None
+    active = mask.new_ones(mask.shape[0], call.args[1].shape[2])
+    return torch.cat([active, mask], dim=1)[:, None, None]
+
+
+def torch_merge(call: Call) -> Runner:
+    """Plain eager PyTorch, weights in fp32."""
+    o_a, lse_a, o_b, lse_b = call.args
+
+    def run() -> tuple[Tensor, Tensor]:
+        lse = torch.logaddexp(lse_a, lse_b)
+        w_a, w_b = ((each - lse).exp()[..., None] for each in (lse_a, lse_b))
+        return (o_a * w_a + o_b * w_b).to(o_a.dtype), lse
+
+    return run
+
+
+def flashinfer_merge(call: Call) -> Runner:
+    """Its kernel takes [rows, heads, D] and logarithms to base 2, converted beforehand."""
+    merge = library("flashinfer").merge_state
+    o_a, lse_a, o_b, lse_b = call.args
+    rows = [t.reshape(-1, 1, t.shape[-1]) for t in (o_a, o_b)]
+    logs = [t.reshape(-1, 1) * math.log2(math.e) for t in (lse_a, lse_b)]
+    return lambda: merge(rows[0], logs[0], rows[1], logs[1])[0]
+
+
+def torch_received(call: Call) -> Runner:
+    """Plain eager PyTorch: scores, softmax, sums."""
+    q, k = call.args
+    scale = q.shape[-1] ** -0.5
+    return lambda: (q @ k.mT * scale).softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+
+
 # Most products round each weight to 16 bits first, bitsandbytes on a CPU also x and the scales: some 1e-3 in all.
 PRODUCT = 1e-2
 FORWARD = {
@@ -405,6 +461,8 @@ FORWARD = {
 }
 
 PEERS: dict[str, dict[str, Peer]] = {
+    "attn_received": {"torch": Peer(torch_received, PRODUCT)},
+    "merge_state": {"torch": Peer(torch_merge, PRODUCT), "flashinfer": Peer(flashinfer_merge, PRODUCT, device="cuda")},
     "kv_append": {
         "torch": Peer(torch_append),
         "hf_static": Peer(static_append),
@@ -435,4 +493,5 @@ PEERS: dict[str, dict[str, Peer]] = {
         "dequant+cublas": Peer(dequant_dx, PRODUCT, device="cuda"),
         "torch": Peer(dense_dx, PRODUCT, device="cpu"),
     },
+    "split_attn": {"cat+sdpa": Peer(cat_sdpa, PRODUCT), "sdpa": Peer(joined_sdpa, PRODUCT)},
 }

@@ -12,16 +12,20 @@ from . import _extension as _extension  # isort: skip  # compiled kernels regist
 from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
+from .ops.attn_received import attn_received
 from .ops.decode_attn import decode_attn
 from .ops.kv_append import kv_append, kv_compact, kv_scatter
+from .ops.merge_state import merge_state
 from .ops.nf4_dequant import nf4_dequant
 from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
 from .ops.nf4_quantize import nf4_quantize
 from .ops.prefill_attn import prefill_attn
+from .ops.split_attn import split_attn
 from .ops.tree_build import tree_build
 
 __all__ = [
     "__version__",
+    "attn_received",
     "debug_checks",
     "decode_attn",
     "explain",
@@ -29,12 +33,14 @@ __all__ = [
     "kv_append",
     "kv_compact",
     "kv_scatter",
+    "merge_state",
     "nf4_dequant",
     "nf4_gemv",
     "nf4_linear",
     "nf4_linear_dx",
     "nf4_quantize",
     "prefill_attn",
+    "split_attn",
     "tree_build",
     "use_backend",
 ]

@@ -1,5 +1,6 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
+from .marche import Marche, MarcheConfig
 from .nf4 import (
     Nf4Linear,
     accelerate_bitsandbytes,
@@ -9,6 +10,8 @@ from .nf4 import (
 )
 
 __all__ = [
+    "Marche",
+    "MarcheConfig",
     "Nf4Linear",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",

@@ -5,13 +5,19 @@ from ._sampling import Sampling
 from .caches import KVCache, UpfrontCache
 from .decoder import Attention, Decoder, FullAttention
 from .generation import Decoding, OneToken
+from .mar import MAR_BASE, MAR_HUGE, MAR_LARGE, Mar, MarConfig
 
 __all__ = [
+    "MAR_BASE",
+    "MAR_HUGE",
+    "MAR_LARGE",
     "Attention",
     "Decoder",
     "Decoding",
     "FullAttention",
     "KVCache",
+    "Mar",
+    "MarConfig",
     "OneToken",
     "Rows",
     "Sampling",
