@@ -12,6 +12,7 @@ from . import _extension as _extension  # isort: skip  # compiled kernels regist
 from . import interop
 from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
+from .ops.mf_sgd import mf_sgd
 from .ops.nf4_dequant import nf4_dequant
 from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
 from .ops.nf4_quantize import nf4_quantize
@@ -21,6 +22,7 @@ __all__ = [
     "debug_checks",
     "explain",
     "interop",
+    "mf_sgd",
     "nf4_dequant",
     "nf4_gemv",
     "nf4_linear",
