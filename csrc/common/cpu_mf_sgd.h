@@ -11,23 +11,44 @@ FO_KERNEL FO_INLINE void prefetch_row(const float* row, int factors) {
   for (int f = 0; f < factors; f += 16) __builtin_prefetch(row + f);
 }
 
+// philox() of kTile counters from `counter` on, and `index`: word[w][i] is word w of counter i. Words stand in 64 bits,
+// as the products of two need them.
+FO_KERNEL FO_INLINE void philox_tile(uint64_t seed, uint64_t counter, int index, uint64_t (&word)[4][kTile]) {
+  typedef uint64_t Lanes __attribute__((vector_size(64)));
+  constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
+  const Lanes low = Lanes{} + 0xffffffffu;
+  for (int base = 0; base < kTile; base += kLanes) {
+    Lanes all = Lanes{0, 1, 2, 3, 4, 5, 6, 7} + (counter + static_cast<uint64_t>(base));
+    Lanes c0 = all & low, c1 = all >> 32, c2 = Lanes{} + static_cast<uint64_t>(index), c3{};
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const Lanes first = c0 * kPhiloxM0, second = c2 * kPhiloxM1;
+      c0 = (second >> 32) ^ c1 ^ k0;
+      c2 = (first >> 32) ^ c3 ^ k1;
+      c1 = second & low;
+      c3 = first & low;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    std::memcpy(word[0] + base, &c0, sizeof(c0));
+    std::memcpy(word[1] + base, &c1, sizeof(c1));
+    std::memcpy(word[2] + base, &c2, sizeof(c2));
+    std::memcpy(word[3] + base, &c3, sizeof(c3));
+  }
+}
+
 // Items of `count` <= kTile positives from `first` on: theirs, then the sampled ones.
 FO_KERNEL FO_INLINE void draw_items(const Params& p, int64_t first, int count, int32_t* items) {
   const int examples = 1 + p.negatives;
   for (int i = 0; i < count; ++i) items[i * examples] = static_cast<int32_t>(p.pairs[2 * (first + i) + 1]);
   const uint64_t counter = static_cast<uint64_t>(p.offset + first);
   for (int index = 0; 4 * index < p.negatives; ++index) {
-    uint32_t word[4][kTile];
-    for (int i = 0; i < kTile; ++i) {
-      const uint64_t mine = counter + static_cast<uint64_t>(i);
-      uint32_t words[4] = {static_cast<uint32_t>(mine), static_cast<uint32_t>(mine >> 32), static_cast<uint32_t>(index),
-                           0};
-      philox(p.seed, words);
-      for (int w = 0; w < 4; ++w) word[w][i] = words[w];
-    }
+    uint64_t word[4][kTile];
+    philox_tile(p.seed, counter, index, word);
     const int left = std::min(4, p.negatives - 4 * index);
     for (int i = 0; i < count; ++i) {
-      for (int w = 0; w < left; ++w) items[i * examples + 1 + 4 * index + w] = item_of(word[w][i], p.items);
+      for (int w = 0; w < left; ++w)
+        items[i * examples + 1 + 4 * index + w] = item_of(static_cast<uint32_t>(word[w][i]), p.items);
     }
   }
 }
@@ -58,15 +79,11 @@ FO_KERNEL FO_INLINE void products(const Params& p, int64_t user, const int32_t* 
   }
 }
 
-// From z [count * examples] to d loss / d z, in place, and each positive's loss and sum of gradients; `softplus` is
-// memory for as many floats as z has.
+// From z [count * examples] to d loss / d z, in place, and each positive's loss and sum of gradients; z and softplus
+// are padded to whole tiles.
 FO_KERNEL FO_INLINE void losses(float* z, int count, int examples, float* softplus, float* loss, float* sum) {
   for (int i = 0; i < count; ++i) loss[i] = -z[i * examples];  // of the label
-  for (int i = 0; i < count * examples; ++i) {
-    const Logistic l = logistic(z[i]);
-    softplus[i] = l.softplus;
-    z[i] = l.probability;
-  }
+  for (int base = 0; base < count * examples; base += kFloats) logistic(z + base, softplus + base);
   for (int i = 0; i < count; ++i) {
     float* g = z + i * examples;
     g[0] -= 1.0f;
@@ -129,7 +146,7 @@ FO_KERNEL void gradients(const Block& b, int64_t begin, int64_t end) {
     draw_items(p, b.first + i, static_cast<int>(std::min<int64_t>(kTile, end - i)), at(s.items, i * examples));
   }
   const int64_t tile = std::clamp<int64_t>(kTileFloats / (int64_t{p.factors} * examples), 1, kTile);
-  std::vector<float> softplus(static_cast<size_t>(tile * examples));
+  std::vector<float> softplus(static_cast<size_t>(ceil_div(tile * examples, kFloats) * kFloats)), z(softplus);
   for (int64_t i = begin; i < end; i += tile) {
     const int count = static_cast<int>(std::min(tile, end - i));
     const int64_t* pairs = p.pairs + 2 * (b.first + i);
@@ -141,9 +158,10 @@ FO_KERNEL void gradients(const Block& b, int64_t begin, int64_t end) {
     }
     for (int k = 0; k < count; ++k) {
       const int64_t place = (i + k) * examples;
-      products(p, pairs[2 * k], at(s.items, place), examples, *p.global_bias, at(s.gradient, place));
+      products(p, pairs[2 * k], at(s.items, place), examples, *p.global_bias, z.data() + k * examples);
     }
-    losses(at(s.gradient, i * examples), count, examples, softplus.data(), at(s.loss, i), at(s.sum, i));
+    losses(z.data(), count, examples, softplus.data(), at(s.loss, i), at(s.sum, i));
+    std::copy_n(z.data(), count * examples, at(s.gradient, i * examples));
     for (int k = 0; k < count; ++k) {
       const int64_t place = (i + k) * examples;
       const ItemRows rows{p.item, at(s.items, place), p.factors};
@@ -251,7 +269,7 @@ FO_KERNEL double hogwild(const Params& p, int64_t begin, int64_t end) {
   const float minus = -p.lr;
   std::vector<int32_t> drawn[2] = {std::vector<int32_t>(static_cast<size_t>(kTile * examples)),
                                    std::vector<int32_t>(static_cast<size_t>(kTile * examples))};
-  std::vector<float> gradient(static_cast<size_t>(examples)), softplus(gradient);
+  std::vector<float> gradient(static_cast<size_t>(ceil_div(examples, kFloats) * kFloats)), softplus(gradient);
   std::atomic_ref<float> shared_bias(*p.global_bias);
   double total = 0.0;
   draw_items(p, begin, static_cast<int>(std::min<int64_t>(kTile, end - begin)), drawn[0].data());

@@ -34,17 +34,21 @@ struct Params {
   int64_t offset;
 };
 
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011): `words` is the counter before and the random words after.
+// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+// `words` is the counter before and the random words after.
 FO_HOST_DEVICE inline void philox(uint64_t seed, uint32_t (&words)[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = uint64_t{0xD2511F53u} * words[0], second = uint64_t{0xCD9E8D57u} * words[2];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t first = uint64_t{kPhiloxM0} * words[0], second = uint64_t{kPhiloxM1} * words[2];
     words[0] = static_cast<uint32_t>(second >> 32) ^ words[1] ^ k0;
     words[2] = static_cast<uint32_t>(first >> 32) ^ words[3] ^ k1;
     words[1] = static_cast<uint32_t>(second);
     words[3] = static_cast<uint32_t>(first);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
 }
 
