@@ -115,7 +115,14 @@ def _step(t: _Tables, block: Tensor, sampled: Tensor, lr: float, reg: float, wro
 
 
 def _descend(
-    t: _Tables, pairs: Tensor, negatives: int, lr: float, reg: float, seed: int, offset: int, wrong: _Tables | None = None
+    t: _Tables,
+    pairs: Tensor,
+    negatives: int,
+    lr: float,
+    reg: float,
+    seed: int,
+    offset: int,
+    wrong: _Tables | None = None,
 ) -> Tensor:
     """Every block in turn; returns the mean loss."""
     n, items, loss = len(pairs), len(t.item), t.user.new_zeros((), dtype=torch.float64)

@@ -14,6 +14,7 @@ import fastops
 from .. import _registry
 from .._checks import FLOAT_DTYPES, dtype_name
 from ..reference._truth import Sample, Truth, truth
+from ..testing import on_copies
 from ._terminal import progress, say, show_table
 
 COLUMNS = ("op", "device", "backend", "dtype", "samples", "worst error", "budget", "result")
@@ -119,7 +120,7 @@ def prove(case: Case) -> Verdict:
 
 
 def _error(case: Case, reference: Truth, sample: Sample) -> float:
-    got = getattr(fastops, case.op)(*sample.args, **sample.kwargs, backend=case.backend)
+    got = on_copies(getattr(fastops, case.op), case.op, *sample.args, **sample.kwargs, backend=case.backend)
     return float(reference.error(got, *sample.args, **sample.kwargs))
 
 
