@@ -1,10 +1,11 @@
 """mf_sgd: a pass of stochastic gradient descent over positive pairs and sampled negatives, for matrix factorisation.
 
 Source: CADC, arXiv:2407.08108, its first step: p = sigmoid(u . v + b_u + b_v + b), binary cross-entropy. What the paper
-leaves open is ours: negatives are uniform over the items and may hit positives; a *block* is BLOCK consecutive positives,
-counted from the beginning of the stream (offset), with their negatives. All gradients of a block are taken at the values
-before it; a row that occurs c times in it moves by lr * min(1, CAP / c) times the sum of its c gradients. So rare rows
-move as in sequential descent, and rows that everything touches (a small table's, the global bias) cannot overshoot.
+leaves open is ours: negatives are uniform over the items and may hit positives; a *block* is BLOCK consecutive
+positives, counted from the beginning of the stream (offset), with their negatives. All gradients of a block are taken
+at the values before it; a row that occurs c times in it moves by lr * min(1, CAP / c) times the sum of its c gradients.
+So rare rows move as in sequential descent, and rows that everything touches (a small table's, the global bias) cannot
+overshoot.
 """
 
 from __future__ import annotations

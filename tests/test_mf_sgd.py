@@ -282,7 +282,8 @@ BAD = {
     "reg": (dict(reg=float("inf")), "reg must be finite and at least 0, got inf"),
     "offset": (dict(offset=-1), "offset must be from 0 to 2^62 - 1, got -1"),
     "overlap": (
-        dict(user=_USER, item=_USER, item_bias=torch.zeros(30)), "item must not overlap user, got tensors that share memory"
+        dict(user=_USER, item=_USER, item_bias=torch.zeros(30)),
+        "item must not overlap user, got tensors that share memory",
     ),
     "bias in a table": (
         dict(user=_USER, user_bias=_USER[3:5].view(32)[:30]),
