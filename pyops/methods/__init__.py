@@ -1,5 +1,6 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
+from .cadc import Cadc, compress
 from .nf4 import (
     Nf4Linear,
     accelerate_bitsandbytes,
@@ -9,9 +10,11 @@ from .nf4 import (
 )
 
 __all__ = [
+    "Cadc",
     "Nf4Linear",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",
+    "compress",
     "quantize_model",
     "restore_bitsandbytes",
 ]

@@ -156,7 +156,7 @@ def load_interactions(
 
     Args:
         source: the frame, or the file's path.
-        user, item, time, rating: the columns' names; usual names are found by themselves. Time and rating may be absent.
+        user, item, time, rating: the columns' names; usual names are found by themselves. The last two may be absent.
         min_rating: count as an interaction only what is rated at least this; everything when None.
         duplicates: what to do with a pair that comes more than once: "error", or "drop" all but the last.
 

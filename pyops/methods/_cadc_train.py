@@ -90,7 +90,7 @@ def factorize(
     f = Factors(*(t.to(device) for t in (user, item, *biases, start)))
     n, done = pairs.shape[0], 0
     starts = list(range(0, n, s.chunk))
-    for epoch in range(s.epochs):
+    for _ in range(s.epochs):
         for place in torch.randperm(len(starts), generator=generator).tolist():
             piece = pairs[starts[place] : starts[place] + s.chunk]
             shuffled = piece[torch.randperm(piece.shape[0], generator=generator)].to(device)
