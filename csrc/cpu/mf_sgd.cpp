@@ -15,6 +15,7 @@
 
 #include "common/cpu_logistic.h"
 #include "common/cpu_simd.h"
+#include "common/cpu_team.h"
 #include "common/register.h"
 #include "common/tensor.h"
 
@@ -24,7 +25,7 @@ namespace {
 constexpr int kTile = 16;          // positives whose negatives are drawn together, and whose sigmoids are
 constexpr int kTileFloats = 6144;  // of item rows in a tile: they are read twice, the second time from L1
 constexpr int kOwnedRows = 16;     // neighbouring rows have one owner, so that biases share no cache line
-constexpr int64_t kGrain = 16384;  // multiplications worth a thread
+constexpr int64_t kGrain = 16384;  // factors of examples worth a thread's while
 
 struct Chain {
   uint32_t stamp = 0;  // the block it is of
@@ -137,26 +138,25 @@ void check_ids(const Params& p) {
   }
 }
 
-double descend_in_blocks(const Params& p, const Kernel& kernel) {
+// Returns the summed loss.
+double descend_in_blocks(const Params& p, const Kernel& kernel, Team& team) {
   Scratch scratch(p);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const int64_t work = int64_t{p.factors} * scratch.examples;
+  const int64_t work = int64_t{p.factors} * scratch.examples, unit = std::max<int64_t>(kTile, kGrain / work);
   double loss = 0.0;
   uint32_t stamp = 0;
   for (int64_t first = 0; first < p.n;) {
     const int64_t size = std::min(p.n - first, kBlock - (p.offset + first) % kBlock);
-    const int owners = size * work > kGrain ? threads : 1;
+    const int owners = size > unit ? threads : 1;
     if (++stamp == 0) {  // of 2^32 blocks: no old link may look new
       std::fill(scratch.item_chain.begin(), scratch.item_chain.end(), Chain{});
       std::fill(scratch.user_chain.begin(), scratch.user_chain.end(), Chain{});
       stamp = 1;
     }
     const Block block{&p, &scratch, first, size, stamp, owners};
-    torch::stable::parallel_for(0, size, std::max<int64_t>(1, kGrain / work),
-                                [&](int64_t begin, int64_t end) { kernel.gradients(block, begin, end); });
-    torch::stable::parallel_for(0, owners, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t owner = begin; owner < end; ++owner) kernel.steps(block, static_cast<int>(owner));
-    });
+    team.run(ceil_div(size, unit),
+             [&](int64_t i) { kernel.gradients(block, i * unit, std::min(size, (i + 1) * unit)); });
+    team.run(owners, [&](int64_t owner) { kernel.steps(block, static_cast<int>(owner)); });
     double sum = 0.0;
     for (int64_t i = 0; i < size; ++i) {
       sum += scratch.sum[static_cast<size_t>(i)];
@@ -183,7 +183,12 @@ Tensor mf_sgd(Tensor user, Tensor item, Tensor user_bias, Tensor item_bias, Tens
       params({&user, &item, &user_bias, &item_bias, &global_bias}, pairs, negatives, lr, reg, seed, offset);
   check_ids(p);
   const Kernel kernel = kernel_for(active_isa, p.factors);
-  const double loss = deterministic ? descend_in_blocks(p, kernel) : descend_lock_free(p, kernel);
+  double loss = 0.0;
+  if (deterministic) {
+    Team::work([&](Team& team) { loss = descend_in_blocks(p, kernel, team); });
+  } else {
+    loss = descend_lock_free(p, kernel);
+  }
   Tensor mean = torch::stable::new_empty(user, std::vector<int64_t>{});
   const double examples = static_cast<double>(p.n) * static_cast<double>(1 + negatives);
   *static_cast<float*>(mean.mutable_data_ptr()) = p.n ? static_cast<float>(loss / examples) : 0.0f;
