@@ -62,6 +62,7 @@ __all__ = [
     "load_content",
     "load_interactions",
     "map_pairs",
+    "sample_rows",
     "train_two_tower",
 ]
 

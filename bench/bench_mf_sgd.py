@@ -1,0 +1,101 @@
+"""mf_sgd: an epoch of a factorisation, tables of MovieLens' shapes with synthetic pairs (popular items as there).
+
+The tables change with every call, which is what they are for: each backend is proven on copies, on the first pairs. In
+blocks by the reference's error. Lock-free no value is prescribed, but with steps so small that an example hardly
+changes the next, the mean loss must be the reference's within LOSS_TOLERANCE and, on a CPU, where few updates are lost,
+the tables must move as there within MOVE_TOLERANCE: the share of these, times the budget, stands for the error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastops import _registry
+from fastops.reference import mf_sgd as reference
+from fastops.testing import on_copies, poison
+
+from .harness import Bench, Call, Case, Outcome, first_line
+from .timing import Effort
+
+SHAPES = {"ml-100k": (943, 1682, 100_000), "ml-1m": (6040, 3706, 1_000_000), "ml-10m": (69_878, 10_677, 10_000_000)}
+PART = 200_000  # pairs that a CPU is timed with: its peers take a second for them
+PROVEN = 3 * reference.BLOCK + 100
+SMALL_LR, LOSS_TOLERANCE, MOVE_TOLERANCE = 1e-4, 0.01, 0.1
+
+
+def case(name: str, factors: int, negatives: int, deterministic: bool, device: str = "cuda") -> Case:
+    users, items, pairs = SHAPES[name]
+    sizes = {"shape": name, "users": users, "items": items, "pairs": min(pairs, PART) if device == "cpu" else pairs}
+    sizes |= {"factors": factors, "negatives": negatives}
+    return Case(sizes | ({"deterministic": True} if deterministic else {}), torch.float32, device)
+
+
+CASES = [
+    *(case(n, 64, 4, d) for n in SHAPES for d in (True, False)),
+    *(case("ml-1m", f, 4, d) for f in (16, 128) for d in (True, False)),
+    *(case(n, 64, 4, d, "cpu") for n in SHAPES for d in (True, False)),
+    *(case("ml-100k", 64, 1, d, "cpu") for d in (True, False)),
+]
+
+
+def make(case: Case, device: torch.device) -> Call:
+    s = case.sizes
+    tables = [0.1 * torch.randn(s[rows], s["factors"], device=device) for rows in ("users", "items")]
+    biases = [torch.zeros(n, device=device) for n in (s["users"], s["items"], 1)]
+    # A power of a uniform number: the hundredth most popular item is a tenth as popular as the first, as in MovieLens.
+    share = torch.rand(s["pairs"], 2, device=device)
+    users = (share[:, 0].square() * s["users"]).long()
+    items = (share[:, 1].pow(3) * s["items"]).long()
+    keywords = {"negatives": s["negatives"], "lr": 0.02, "reg": 0.01, "seed": 1}
+    pairs = torch.stack([users, items], dim=1)
+    return Call((*tables, *biases, pairs), {**keywords, "deterministic": s.get("deterministic", False)})
+
+
+def chunks(call: Call, output: Any) -> Iterator[tuple[Any, Call]]:
+    """One piece: the first pairs, whose outputs these are."""
+    yield output, Call((*call.args[:5], call.args[5][:PROVEN]), call.kwargs)
+
+
+class MfBench(Bench):
+    """A page whose op changes its arguments."""
+
+    def _prove(self, call: Call, device: torch.device, outcome: Outcome) -> tuple[dict[str, float], Any]:
+        """On copies, on the first pairs."""
+        op, errors, right = _registry.find(self.op), dict[str, float](), None
+        for backend in op.available(device):
+            if backend == "reference" or (backend == "triton" and device.type == "cpu"):
+                continue
+            ((_, start),) = self.chunks(call, None)
+            try:
+                with poison():
+                    got = on_copies(functools.partial(op, backend), self.op, *start.args, **start.kwargs)
+            except RuntimeError as why:
+                outcome.failures.append(f"{backend}: {first_line(why)}")
+                continue
+            error = self._error(backend, start, got)
+            if error <= self.reference.budget:
+                errors[backend], right = error, got[0]
+            else:
+                outcome.failures.append(f"{backend}: error {error:.3g}, at most {self.reference.budget:g} allowed")
+        return errors, right
+
+    def _error(self, backend: str, start: Call, got: tuple[Any, ...]) -> float:
+        if start.kwargs["deterministic"]:
+            return self.reference.error(got, *start.args, **start.kwargs)
+        start = Call(start.args, {**start.kwargs, "lr": SMALL_LR})
+        mine, want = (
+            on_copies(f, self.op, *start.args, **start.kwargs)
+            for f in (functools.partial(_registry.find(self.op), backend), reference.mf_sgd)
+        )
+        shares = [float((mine[0] - want[0]).abs() / want[0]) / LOSS_TOLERANCE]
+        if backend == "cpu":
+            for before, here, there in zip(start.args[:4], mine[1:5], want[1:5], strict=True):
+                shares.append(float((here - there).norm() / (there - before).norm()) / MOVE_TOLERANCE)
+        return max(shares) * self.reference.budget
+
+
+BENCH = MfBench("mf_sgd", CASES, make, chunks, effort=Effort(cuda_ms=120.0, cpu_ms=500.0))
