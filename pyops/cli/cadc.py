@@ -132,7 +132,7 @@ def _metrics(model: Any, split: method.Split, device: str) -> dict[str, float]:
     """HR@10 and NDCG@10 of both rankings; fewer candidates where there are not 99 items to draw."""
     counts = torch.bincount(split.train.pairs[:, 0], minlength=split.train.users)
     most = min(99, split.train.items - int(counts.max()) - 1)
-    found = {}
+    found: dict[str, float] = {}
     for candidates, where in (((most, f"of {most + 1}"),) if most >= 10 else ()) + ((None, "of all"),):
         each = method.evaluate(model, split.test, split.train, candidates=candidates, device=device)
         found |= {f"HR@10 {where}": each["hr10"], f"NDCG@10 {where}": each["ndcg10"]}

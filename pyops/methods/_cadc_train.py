@@ -164,7 +164,7 @@ def train_two_tower(
             label[:, 0] = 1
             loss = F.binary_cross_entropy_with_logits(logits, label)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             if progress is not None:
                 progress(epoch * batches + i + 1, batches * s.epochs)

@@ -86,14 +86,16 @@ class TwoTower(nn.Module):
         v, item_bias = self.item(items)
         if items.dim() > users.dim():
             u, user_bias = u.unsqueeze(-2), user_bias.unsqueeze(-1)
-        return (u * v).sum(-1) + user_bias + item_bias + self.global_bias
+        logits: Tensor = (u * v).sum(-1) + user_bias + item_bias + self.global_bias
+        return logits
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
         """Logits [n, items] of users with every item."""
         u, user_bias = self.user(users)
         v, item_bias = self.item(torch.arange(self.item.embedding.num_embeddings, device=users.device))
-        return u @ v.T + user_bias[:, None] + item_bias + self.global_bias
+        logits: Tensor = u @ v.T + user_bias[:, None] + item_bias + self.global_bias
+        return logits
 
     def load_factors(
         self,
