@@ -22,10 +22,10 @@ BLOCK = 2048  # as the reference has them
 CAP = tl.constexpr(16)
 GROUP_EXAMPLES = 1 << 20  # that are sorted together
 NOWHERE = tl.constexpr(0xFFFFFFFF)  # the row of a pair whose ids are out of range
-MAX_TILE = 4096  # floats of PAIRS rows that a program holds
+MAX_EACH = 8  # floats of a tile of rows that a thread holds; three such tiles are alive at once
 
 DEFAULT = {"PAIRS": 16, "num_warps": 4}
-SPACE = [{"PAIRS": pairs, "num_warps": warps} for pairs in (4, 8, 16, 32) for warps in (2, 4)]
+SPACE = [{"PAIRS": pairs, "num_warps": warps} for pairs, warps in ((4, 4), (8, 2), (8, 4), (16, 2), (16, 4))]
 
 
 @triton.jit
@@ -212,7 +212,8 @@ def config_for(device: torch.device, factors: int) -> dict[str, Any]:
 
 def _fit(config: dict[str, Any], width: int) -> dict[str, Any]:
     """Fewer pairs where their rows would not fit a program's registers."""
-    return {**config, "PAIRS": max(1, min(config["PAIRS"], MAX_TILE // width))}
+    most = MAX_EACH * 32 * config["num_warps"] // width
+    return {**config, "PAIRS": max(1, min(config["PAIRS"], most))}
 
 
 def _runs(keys: Tensor) -> Tensor:
@@ -337,8 +338,8 @@ def specializations() -> Iterator[_aot.Specialization]:
     shipped = [e for gpu in _tuned.gpus() for e in _tuned.table("mf_sgd", gpu) if e["backend"] == "triton"]
     for factors in (8, 64, 259):
         shape = {"F": factors, "WIDTH": triton.next_power_of_2(factors)}
-        for config in _aot.configurations(SPACE, DEFAULT, shipped):
-            config = _fit(config, shape["WIDTH"])
+        fitting = [_fit(config, shape["WIDTH"]) for config in _aot.configurations(SPACE, DEFAULT, shipped)]
+        for config in _aot.configurations(fitting, fitting[0], []):
             for kernel in (_gradients_kernel, _hogwild_kernel):
                 yield _specialization(f"{kernel.__name__}-{factors}-{config}", kernel, shape, config)
         for of_item in (False, True):
