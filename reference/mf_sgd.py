@@ -208,6 +208,7 @@ _CASES = (
     _Case("one_factor", 9, 11, 1, 40, 1),
     _Case("no_negatives", 40, 30, 16, 100, 0),
     _Case("many_negatives", 33, 90, 24, 50, 9),
+    _Case("most_negatives", 20, 60, 12, 40, 1024, lr=0.01),
     _Case("one_row", 1, 1, 8, 20, 2),
     _Case("one_pair", 3, 4, 64, 1, 5),
     _Case("no_pairs", 3, 4, 8, 0),

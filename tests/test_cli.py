@@ -35,7 +35,9 @@ def run(*arguments, code=0):
 
 def test_help_names_every_command_and_option():
     text = run("--help")
-    assert all(re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in ("info", "demo", "verify", "bench", "tune"))
+    assert all(
+        re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in ("info", "demo", "verify", "bench", "tune", "cadc")
+    )
     for command in ("info", "demo", "verify", "bench", "tune"):
         text = run(command, "--help")
         assert "\x1b" not in text

@@ -199,65 +199,60 @@ FO_KERNEL FO_INLINE void link(std::vector<Chain>& chains, std::vector<int32_t>& 
   chain = {stamp, static_cast<int32_t>(i)};
 }
 
+// The step of one row and its bias: `count` occurrences, `each` examples in one; occurrence j adds weight[j] times row
+// positive[j] of `rows`, and bias_gradient[j].
+FO_KERNEL FO_INLINE void take_step(const Params& p, float* row, float* bias, const float* rows, const Owned& o,
+                                   const float* weight, const float* bias_gradient, int count, int64_t each,
+                                   float* total) {
+  const float step = step_of(p.lr, count * each), decay = static_cast<float>(count * each) * p.reg;
+  weighted_sum(count, weight, UserRows{rows, o.positive.data(), p.factors}, p.factors, total);
+  move_row(row, total, p.factors, step, decay);
+  float sum = 0.0f;
+  for (int j = 0; j < count; ++j) sum += bias_gradient[j];
+  *bias -= step * (sum + decay * *bias);
+}
+
 // The second half of a block: the rows that `owner` has.
 FO_KERNEL void steps(const Block& b, int owner) {
   const Params& p = *b.params;
   Scratch& s = *b.scratch;
-  const int examples = s.examples;
-  std::vector<int64_t> rows;
-  std::vector<int32_t> positive;
-  std::vector<float> weight, total(static_cast<size_t>(p.factors));
-  const auto total_bias = [&] {
-    float sum = 0.0f;
-    for (const float w : weight) sum += w;
-    return sum;
-  };
-  rows.reserve(static_cast<size_t>(b.size) * 2);
+  Owned& o = s.owned[static_cast<size_t>(owner)];
+  const bool all = b.owners == 1;
+  int32_t* const positive = o.positive.data();
+  float *const weight = o.weight.data(), *const total = o.total.data();
 
-  for (int64_t e = b.size * examples; e-- > 0;) {
+  o.rows.clear();
+  for (int64_t e = b.size * s.examples; e-- > 0;) {
     const int64_t row = s.items[static_cast<size_t>(e)];
-    if (b.owners == 1 || owner_of(row, b.owners) == owner) link(s.item_chain, s.item_next, rows, b.stamp, row, e);
+    if (all || owner_of(row, b.owners) == owner) link(s.item_chain, s.item_next, o.rows, b.stamp, row, e);
   }
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const int64_t row = rows[r];
-    if (r + 1 < rows.size()) prefetch_row(p.item + rows[r + 1] * p.factors, p.factors);
-    positive.clear();
-    weight.clear();
+  for (size_t r = 0; r < o.rows.size(); ++r) {
+    const int64_t row = o.rows[r];
+    if (r + 1 < o.rows.size()) prefetch_row(p.item + o.rows[r + 1] * p.factors, p.factors);
+    int count = 0;
     for (int32_t e = s.item_chain[static_cast<size_t>(row)].first; e >= 0; e = s.item_next[static_cast<size_t>(e)]) {
-      positive.push_back(e / examples);
-      weight.push_back(s.gradient[static_cast<size_t>(e)]);
+      positive[count] = static_cast<int32_t>(static_cast<uint64_t>(e) * s.reciprocal >> 32);
+      weight[count++] = s.gradient[static_cast<size_t>(e)];
     }
-    const auto count = static_cast<int>(weight.size());
-    const float step = step_of(p.lr, count), decay = static_cast<float>(count) * p.reg;
-    weighted_sum(count, weight.data(), UserRows{s.user_row.data(), positive.data(), p.factors}, p.factors,
-                 total.data());
-    move_row(p.item + row * p.factors, total.data(), p.factors, step, decay);
-    p.item_bias[row] -= step * (total_bias() + decay * p.item_bias[row]);
+    take_step(p, p.item + row * p.factors, p.item_bias + row, s.user_row.data(), o, weight, weight, count, 1, total);
   }
 
-  rows.clear();
+  o.rows.clear();
   const int64_t* pairs = p.pairs + 2 * b.first;
   for (int64_t i = b.size; i-- > 0;) {
     const int64_t row = pairs[2 * i];
-    if (b.owners == 1 || owner_of(row, b.owners) == owner) link(s.user_chain, s.user_next, rows, b.stamp, row, i);
+    if (all || owner_of(row, b.owners) == owner) link(s.user_chain, s.user_next, o.rows, b.stamp, row, i);
   }
-  const std::vector<float> ones(rows.empty() ? 0 : static_cast<size_t>(b.size), 1.0f);
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const int64_t row = rows[r];
-    if (r + 1 < rows.size()) prefetch_row(p.user + rows[r + 1] * p.factors, p.factors);
-    positive.clear();
-    weight.clear();
+  for (size_t r = 0; r < o.rows.size(); ++r) {
+    const int64_t row = o.rows[r];
+    if (r + 1 < o.rows.size()) prefetch_row(p.user + o.rows[r + 1] * p.factors, p.factors);
+    int count = 0;
     for (int32_t i = s.user_chain[static_cast<size_t>(row)].first; i >= 0; i = s.user_next[static_cast<size_t>(i)]) {
-      positive.push_back(i);
-      weight.push_back(s.sum[static_cast<size_t>(i)]);
+      positive[count] = i;
+      weight[count++] = s.sum[static_cast<size_t>(i)];
     }
-    const auto count = static_cast<int>(weight.size());
-    const float step = step_of(p.lr, int64_t{count} * examples);
-    const float decay = static_cast<float>(int64_t{count} * examples) * p.reg;
-    weighted_sum(count, ones.data(), UserRows{s.user_gradient.data(), positive.data(), p.factors}, p.factors,
-                 total.data());
-    move_row(p.user + row * p.factors, total.data(), p.factors, step, decay);
-    p.user_bias[row] -= step * (total_bias() + decay * p.user_bias[row]);
+    take_step(p, p.user + row * p.factors, p.user_bias + row, s.user_gradient.data(), o, s.ones.data(), weight, count,
+              s.examples, total);
   }
 }
 

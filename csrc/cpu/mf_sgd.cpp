@@ -32,6 +32,13 @@ struct Chain {
   int32_t first = 0;
 };
 
+// What an owner of rows needs: its rows of a block, and the occurrences of the one whose step it takes.
+struct Owned {
+  std::vector<int64_t> rows;
+  std::vector<int32_t> positive;  // whose examples they are
+  std::vector<float> weight, total;
+};
+
 // What a block needs beside the tables.
 struct Scratch {
   int examples;                      // a positive's: 1 + negatives
@@ -43,7 +50,13 @@ struct Scratch {
   std::vector<Chain> item_chain, user_chain;  // [items], [users]: the first of the row's examples or positives
   std::vector<int32_t> item_next, user_next;  // [kBlock, examples], [kBlock]: the next one of the row, or -1
 
-  explicit Scratch(const Params& p) : examples(1 + p.negatives) {
+  std::vector<float> ones;  // [kBlock]
+  uint64_t reciprocal;      // e / examples = e * reciprocal >> 32 for every e of a block
+  std::vector<Owned> owned;
+
+  Scratch(const Params& p, int owners)
+      : examples(1 + p.negatives),
+        reciprocal(((uint64_t{1} << 32) + static_cast<uint64_t>(p.negatives)) / (1 + p.negatives)) {
     const auto block = static_cast<size_t>(std::min(p.n, kBlock)), each = block * static_cast<size_t>(examples);
     items.resize(each);
     gradient.resize(each);
@@ -55,6 +68,14 @@ struct Scratch {
     user_row.resize(block * static_cast<size_t>(p.factors));
     item_chain.resize(static_cast<size_t>(p.items));
     user_chain.resize(static_cast<size_t>(p.users));
+    ones.assign(block, 1.0f);
+    owned.resize(static_cast<size_t>(owners));
+    for (Owned& o : owned) {
+      o.rows.reserve(std::min(each, static_cast<size_t>(p.items)));
+      o.positive.resize(each);
+      o.weight.resize(each);
+      o.total.resize(static_cast<size_t>(p.factors));
+    }
   }
 };
 
@@ -140,8 +161,8 @@ void check_ids(const Params& p) {
 
 // Returns the summed loss.
 double descend_in_blocks(const Params& p, const Kernel& kernel, Team& team) {
-  Scratch scratch(p);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
+  Scratch scratch(p, threads);
   const int64_t work = int64_t{p.factors} * scratch.examples, unit = std::max<int64_t>(kTile, kGrain / work);
   double loss = 0.0;
   uint32_t stamp = 0;
