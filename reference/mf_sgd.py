@@ -77,15 +77,21 @@ def _move(
 ) -> None:
     """Take a block's step of `table`; where asked, add to `wrong` the sizes of the terms that make each element."""
     flat = table.reshape(len(table), -1)
-    distinct, place, count = torch.unique(rows, return_inverse=True, return_counts=True)
-    total = flat.new_zeros(len(distinct), flat.shape[1])
-    total.index_put_((place,), gradients.reshape(len(rows), -1), accumulate=True)
+    order = torch.argsort(rows, stable=True)
+    distinct, count = torch.unique_consecutive(rows[order], return_counts=True)
+
+    def sums(terms: Tensor) -> Tensor:
+        return torch.segment_reduce(terms.reshape(len(rows), -1)[order], "sum", lengths=count, axis=0)
+
+    total = sums(gradients)
     step = lr * (CAP / count.to(flat.dtype)).clamp(max=1)[:, None]
     before, decay = flat[distinct], (count * reg).to(flat.dtype)[:, None]
     flat[distinct] = before - step * (total + decay * before)
     if sizes is not None and wrong is not None:
-        terms = torch.zeros_like(total).index_put_((place,), sizes.reshape(len(rows), -1), accumulate=True)
-        # The sum and the old value are rounded once more where they meet.
+        terms = sums(sizes)
+        # Added one by one, c terms round c times, in directions of chance: sqrt(c) / 2 roundings of the sum in the root
+        # mean square, beyond what a budget of a few roundings holds where c is large. Then the old value joins.
+        terms *= (count.to(flat.dtype).sqrt() / 4).clamp(min=1)[:, None]
         wrong.reshape(len(table), -1)[distinct] += step * (terms + decay * before.abs()) + before.abs()
 
 
@@ -208,7 +214,7 @@ _CASES = (
     _Case("one_factor", 9, 11, 1, 40, 1),
     _Case("no_negatives", 40, 30, 16, 100, 0),
     _Case("many_negatives", 33, 90, 24, 50, 9),
-    _Case("most_negatives", 20, 60, 12, 40, 1024, lr=0.01),
+    _Case("most_negatives", 20, 60, 12, 4, 1024, lr=0.01),
     _Case("one_row", 1, 1, 8, 20, 2),
     _Case("one_pair", 3, 4, 64, 1, 5),
     _Case("no_pairs", 3, 4, 8, 0),
