@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastops import _registry
 from fastops.reference import mf_sgd as reference
@@ -22,14 +23,14 @@ from .harness import Bench, Call, Case, Outcome, first_line
 from .timing import Effort
 
 SHAPES = {"ml-100k": (943, 1682, 100_000), "ml-1m": (6040, 3706, 1_000_000), "ml-10m": (69_878, 10_677, 10_000_000)}
-PART = 200_000  # pairs that a CPU is timed with: its peers take a second for them
+PARTS = {"ml-100k": 100_000, "ml-1m": 200_000, "ml-10m": 50_000}  # that a CPU is timed with: peers take a second
 PROVEN = 3 * reference.BLOCK + 100
 SMALL_LR, LOSS_TOLERANCE, MOVE_TOLERANCE = 1e-4, 0.01, 0.1
 
 
 def case(name: str, factors: int, negatives: int, deterministic: bool, device: str = "cuda") -> Case:
     users, items, pairs = SHAPES[name]
-    sizes = {"shape": name, "users": users, "items": items, "pairs": min(pairs, PART) if device == "cpu" else pairs}
+    sizes = {"shape": name, "users": users, "items": items, "pairs": PARTS[name] if device == "cpu" else pairs}
     sizes |= {"factors": factors, "negatives": negatives}
     return Case(sizes | ({"deterministic": True} if deterministic else {}), torch.float32, device)
 
@@ -46,13 +47,26 @@ def make(case: Case, device: torch.device) -> Call:
     s = case.sizes
     tables = [0.1 * torch.randn(s[rows], s["factors"], device=device) for rows in ("users", "items")]
     biases = [torch.zeros(n, device=device) for n in (s["users"], s["items"], 1)]
-    # A power of a uniform number: the hundredth most popular item is a tenth as popular as the first, as in MovieLens.
-    share = torch.rand(s["pairs"], 2, device=device)
-    users = (share[:, 0].square() * s["users"]).long()
-    items = (share[:, 1].pow(3) * s["items"]).long()
     keywords = {"negatives": s["negatives"], "lr": 0.02, "reg": 0.01, "seed": 1}
-    pairs = torch.stack([users, items], dim=1)
-    return Call((*tables, *biases, pairs), {**keywords, "deterministic": s.get("deterministic", False)})
+    return Call(
+        (*tables, *biases, distinct_pairs(s["users"], s["items"], s["pairs"], device)),
+        {**keywords, "deterministic": s.get("deterministic", False)},
+    )
+
+
+def distinct_pairs(users: int, items: int, n: int, device: torch.device) -> Tensor:
+    """int64 [n, 2], shuffled, none twice (implicit takes a matrix of them); some rows far likelier than others.
+
+    A power of a uniform number: the hundredth most popular item is a tenth as popular as the first, as in MovieLens.
+    """
+    if device.type == "meta":
+        return torch.empty(n, 2, dtype=torch.int64, device=device)
+    share = torch.rand(3 * n, 2, device=device, dtype=torch.float64)
+    keys = (share[:, 0].square() * users).long() * items + (share[:, 1].pow(3) * items).long()
+    keys = keys.unique()
+    keys = keys[torch.randperm(len(keys), device=device)[:n]]
+    assert len(keys) == n
+    return torch.stack([keys // items, keys % items], dim=1)
 
 
 def chunks(call: Call, output: Any) -> Iterator[tuple[Any, Call]]:
