@@ -402,6 +402,45 @@ def cat_sdpa(call: Call) -> Runner:
         k, v = torch.cat([k_active, k_cached], dim=2), torch.cat([v_active, v_cached], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+
+MF_BATCH = 2048  # pairs a step of the loops below; smaller ones are slower
+
+
+def _mf_loop(call: Call, sparse: bool) -> Runner:
+    """Embeddings, binary cross-entropy and SGD as everyone writes them; compiled unless gradients are sparse."""
+    user, item, _, _, _, pairs = call.args
+    negatives, items = call.kwargs["negatives"], item.shape[0]
+    tables = torch.nn.ModuleList(
+        torch.nn.Embedding(len(t), t.reshape(len(t), -1).shape[1], sparse=sparse, device=t.device)
+        for t in call.args[:4]
+    )
+    for table, before in zip(tables, call.args, strict=False):
+        table.weight.data.copy_(before.reshape(len(before), -1))
+    bias = torch.nn.Parameter(call.args[4].clone())
+    # A loss of means, so the step is larger by as many examples: what sums of gradients would take.
+    rate = call.kwargs["lr"] * (1 + negatives)
+    optimizer = torch.optim.SGD([*tables.parameters(), bias], lr=rate)
+
+    def loss_of(users: Tensor, each: Tensor) -> Tensor:
+        u, v, user_bias, item_bias = tables[0](users), tables[1](each), tables[2](users), tables[3](each)
+        z = (u[:, None] * v).sum(-1) + user_bias + item_bias[..., 0] + bias
+        label = torch.zeros_like(z)
+        label[:, 0] = 1
+        return F.binary_cross_entropy_with_logits(z, label)
+
+    compiled = loss_of if sparse else torch.compile(loss_of, dynamic=False)
+
+    def run() -> Tensor:
+        total = torch.zeros((), device=user.device)
+        for some in pairs.split(MF_BATCH):
+            sampled = torch.randint(items, (len(some), negatives), device=user.device)
+            loss = compiled(some[:, 0], torch.cat([some[:, 1:], sampled], dim=1))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(some)
+        return total / len(pairs)
+
     return run
 
 
@@ -429,6 +468,34 @@ def torch_merge(call: Call) -> Runner:
         lse = torch.logaddexp(lse_a, lse_b)
         w_a, w_b = ((each - lse).exp()[..., None] for each in (lse_a, lse_b))
         return (o_a * w_a + o_b * w_b).to(o_a.dtype), lse
+
+
+def torch_mf(call: Call) -> Runner:
+    """Eager, with sparse gradients, which torch.compile does not take."""
+    return _mf_loop(call, sparse=True)
+
+
+def torch_compile_mf(call: Call) -> Runner:
+    """The loss and its gradients through torch.compile; dense gradients."""
+    return _mf_loop(call, sparse=False)
+
+
+def implicit_bpr(call: Call) -> Runner:
+    """An epoch of its Bayesian personalised ranking: as many samples as pairs, one negative each, lock-free threads."""
+    bpr, sparse = library("implicit.cpu.bpr"), library("scipy.sparse")
+    user, item, _, _, _, pairs = call.args
+    if call.kwargs["negatives"] != 1:
+        raise Absent("it samples one negative a pair")
+    ones = torch.ones(len(pairs)).numpy()
+    matrix = sparse.csr_matrix((ones, tuple(pairs.T.numpy())), shape=(len(user), len(item)))
+    model = bpr.BayesianPersonalizedRanking(
+        factors=user.shape[1], learning_rate=call.kwargs["lr"], regularization=call.kwargs["reg"], iterations=1,
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+    def run() -> Tensor:
+        model.fit(matrix, show_progress=False)
+        return torch.zeros(())  # it reports no loss
 
     return run
 
@@ -470,6 +537,12 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "kv_compact": {"torch": Peer(torch_compact)},
     "kv_scatter": {"torch": Peer(torch_scatter)},
+    # Each samples its own negatives and takes other steps: what is compared is the work of an epoch.
+    "mf_sgd": {
+        "torch": Peer(torch_mf, 0.3),
+        "torch_compile": Peer(torch_compile_mf, 0.3),
+        "implicit": Peer(implicit_bpr, math.inf, device="cpu"),
+    },
     "nf4_dequant": {
         "bitsandbytes": Peer(bitsandbytes_dequant),
         # Its table and scales are rounded to the output's type.

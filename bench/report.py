@@ -168,7 +168,12 @@ def write_docs(ops: Sequence[str] | None = None) -> list[Path]:
 
 
 # Whose tables the page of a method shows, its own among them.
-METHOD_OPS = {"decoder": ("decoder",), "marche": ("marche",), "nf4": ("nf4_linear", "nf4_linear_dx", "nf4")}
+METHOD_OPS = {
+    "cadc": ("cadc",),
+    "decoder": ("decoder",),
+    "marche": ("marche",),
+    "nf4": ("nf4_linear", "nf4_linear_dx", "nf4"),
+}
 
 
 def _fill(path: Path, block: str, text: str) -> None:

@@ -16,6 +16,7 @@ from .ops.attn_received import attn_received
 from .ops.decode_attn import decode_attn
 from .ops.kv_append import kv_append, kv_compact, kv_scatter
 from .ops.merge_state import merge_state
+from .ops.mf_sgd import mf_sgd
 from .ops.nf4_dequant import nf4_dequant
 from .ops.nf4_gemv import nf4_gemv, nf4_linear, nf4_linear_dx
 from .ops.nf4_quantize import nf4_quantize
@@ -34,6 +35,7 @@ __all__ = [
     "kv_compact",
     "kv_scatter",
     "merge_state",
+    "mf_sgd",
     "nf4_dequant",
     "nf4_gemv",
     "nf4_linear",

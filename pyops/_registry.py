@@ -154,11 +154,11 @@ class Op:
         return self._run(backend, *args, **kwargs)
 
     def results(self, returned: Any, args: tuple[Any, ...]) -> Any:
-        """What a call made: the tensors it wrote in place, then what it returned; just that where it wrote none."""
+        """What a call made: what it returned, then the tensors it wrote in place; just that where it wrote none."""
         if not self.written:
             return returned
         more = () if returned is None else returned if isinstance(returned, tuple) else (returned,)
-        return (*(args[i] for i in self.written), *more)
+        return (*more, *(args[i] for i in self.written))
 
     def _define(self, name: str, tags: tuple[torch.Tag, ...] = ()) -> None:
         """Define the schema under `name`, with the checked fake kernel."""

@@ -6,16 +6,17 @@ Used by this package's own tests and benches; useful for a backend of one's own 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _extension
-from ._registry import registry, triton_interprets
+from ._registry import find, registry, triton_interprets
 from .reference._truth import error_ratio
 
-__all__ = ["available", "devices", "error_ratio", "non_contiguous", "poison", "trusted"]
+__all__ = ["available", "devices", "error_ratio", "non_contiguous", "on_copies", "poison", "trusted"]
 
 
 def devices() -> list[torch.device]:
@@ -60,3 +61,13 @@ def non_contiguous(tensor: Tensor) -> Tensor:
     wide = torch.full((*tensor.shape, 2), filler, dtype=tensor.dtype, device=tensor.device)
     wide[..., 0] = tensor
     return wide[..., 0]
+
+
+def on_copies(call: Callable[..., Any], op: str, *args: Any, **kwargs: Any) -> Any:
+    """What `call` returns for these arguments of `op`; of an op that changes some, a copy of which it is given, too.
+
+    For an op in place: (what it returns, if anything, ..., the changed tensors in the schema's order).
+    """
+    found = find(op)
+    copies = tuple(a.clone() if i in found.written else a for i, a in enumerate(args))
+    return found.results(call(*copies, **kwargs), copies)

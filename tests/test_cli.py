@@ -35,7 +35,9 @@ def run(*arguments, code=0):
 
 def test_help_names_every_command_and_option():
     text = run("--help")
-    assert all(re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in ("info", "demo", "verify", "bench", "tune"))
+    assert all(
+        re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in ("info", "demo", "verify", "bench", "tune", "cadc")
+    )
     for command in ("info", "demo", "verify", "bench", "tune"):
         text = run(command, "--help")
         assert "\x1b" not in text
@@ -126,7 +128,7 @@ def test_verify_proves_the_backends_of_this_machine():
     text = run("verify", "--device", "cpu")
     for name, op in _registry.registry.items():
         for backend in op.available("cpu"):
-            assert re.search(rf"^{name} +cpu +{backend} +float16 .* ok$", text, re.MULTILINE)
+            assert re.search(rf"^{name} +cpu +{backend} +float(16|32) .* ok$", text, re.MULTILINE)
     assert "0 failed" in text
 
 

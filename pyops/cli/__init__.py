@@ -1,4 +1,4 @@
-"""The command line, `python -m fastops` or `fastops`: info, demo, verify, bench, tune.
+"""The command line, `python -m fastops` or `fastops`: info, demo, verify, bench, tune, cadc.
 
 It needs typer and rich, the extra `fastops[cli]`; the library itself does not.
 """

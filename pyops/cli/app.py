@@ -7,6 +7,7 @@ import sys
 import typer
 
 from .bench import bench
+from .cadc import app as cadc
 from .demo import demo
 from .info import info
 from .tune import tune
@@ -22,3 +23,4 @@ app = typer.Typer(
 )
 for command in (info, demo, verify, bench, tune):
     app.command()(command)
+app.add_typer(cadc, name="cadc")

@@ -14,6 +14,7 @@ import fastops
 from .. import _registry
 from .._checks import FLOAT_DTYPES, dtype_name
 from ..reference._truth import Sample, Truth, truth
+from ..testing import on_copies
 from ._terminal import progress, say, show_table
 
 COLUMNS = ("op", "device", "backend", "dtype", "samples", "worst error", "budget", "result")
@@ -119,10 +120,8 @@ def prove(case: Case) -> Verdict:
 
 
 def _error(case: Case, reference: Truth, sample: Sample) -> float:
-    op = _registry.registry[case.op]
-    before = [a.clone() if i in op.written else a for i, a in enumerate(sample.args)]  # what the op writes in place
-    returned = getattr(fastops, case.op)(*sample.args, **sample.kwargs, backend=case.backend)
-    return float(reference.error(op.results(returned, sample.args), *before, **sample.kwargs))
+    got = on_copies(getattr(fastops, case.op), case.op, *sample.args, **sample.kwargs, backend=case.backend)
+    return float(reference.error(got, *sample.args, **sample.kwargs))
 
 
 def _first_line(error: Exception) -> str:

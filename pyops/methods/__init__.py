@@ -1,5 +1,6 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
+from .cadc import Cadc, compress
 from .marche import Marche, MarcheConfig
 from .nf4 import (
     Nf4Linear,
@@ -10,11 +11,13 @@ from .nf4 import (
 )
 
 __all__ = [
+    "Cadc",
     "Marche",
     "MarcheConfig",
     "Nf4Linear",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",
+    "compress",
     "quantize_model",
     "restore_bitsandbytes",
 ]

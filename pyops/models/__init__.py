@@ -6,6 +6,7 @@ from .caches import KVCache, UpfrontCache
 from .decoder import Attention, Decoder, FullAttention
 from .generation import Decoding, OneToken
 from .mar import MAR_BASE, MAR_HUGE, MAR_LARGE, Mar, MarConfig
+from .two_tower import Tower, TwoTower
 
 __all__ = [
     "MAR_BASE",
@@ -21,5 +22,7 @@ __all__ = [
     "OneToken",
     "Rows",
     "Sampling",
+    "Tower",
+    "TwoTower",
     "UpfrontCache",
 ]
