@@ -95,14 +95,16 @@ def scores(q: Tensor, k: Tensor, scale: float | None, softcap: float | None) -> 
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     z = q.unflatten(1, (k.shape[1], group)).flatten(2, 3) @ k.mT
     z = z.unflatten(2, (group, q.shape[2])).flatten(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return z if softcap is None else softcap * (z / softcap).tanh()
+    capped: Tensor = z if softcap is None else softcap * (z / softcap).tanh()
+    return capped
 
 
 def _weighted(p: Tensor, v: Tensor) -> Tensor:
     """Sums of rows of v [B, Hkv, S, D] with the weights p [B, Hq, T, S]."""
     group = p.shape[1] // v.shape[1] if v.shape[1] else 1
     out = p.unflatten(1, (v.shape[1], group)).flatten(2, 3) @ v
-    return out.unflatten(2, (group, p.shape[2])).flatten(1, 2)
+    heads: Tensor = out.unflatten(2, (group, p.shape[2])).flatten(1, 2)
+    return heads
 
 
 def _unpoisoned(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

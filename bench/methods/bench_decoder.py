@@ -23,6 +23,7 @@ from fastops.cli import smollm2
 from fastops.cli._measure import generate
 from fastops.cli.demo import bitsandbytes_model
 from fastops.models import Decoder
+from fastops.models._linear import Dense, Nf4
 from fastops.reference._truth import Cost
 
 from .. import records
@@ -78,7 +79,7 @@ def step_cost(decoder: Decoder, case: Case) -> Cost:
     batch, context, new = sizes["batch"], sizes["context"], sizes["new"]
     width = 2 * a.kv_heads * a.head_dim * a.layers * case.dtype.itemsize
     rows = batch * (context if new == 1 else 1)
-    weights = sum(w.numel() for w in decoder.buffers() if w.dim() == 2) - decoder.embedding.numel()
+    weights = sum(m.weights for m in decoder.modules() if isinstance(m, (Dense, Nf4)))
     cached = batch * width * (context if new == 1 else context + new // 2)
     attended = context // 2 if new == 1 else context
     flops = 2 * rows * weights + 4 * rows * attended * a.heads * a.head_dim * a.layers

@@ -27,12 +27,13 @@ class Dense(nn.Module):
     """
 
     bias: Tensor | None
+    _weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.shape, self.weight_bytes = weight.shape, weight.numel() * weight.element_size()
+        self.weights = weight.numel()
         self._laid_out: Tensor | None = None
-        self.register_buffer("_weight", weight)
+        self.register_buffer("_weight", weight, persistent=False)  # empty where it is laid out
         self.register_buffer("bias", bias)
         self._lay_out()
 
@@ -40,6 +41,11 @@ class Dense(nn.Module):
     def weight(self) -> Tensor:
         """[N, K]."""
         return self._weight if self._laid_out is None else self._laid_out.to_dense()
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step must read."""
+        return self.weights * self._weight.element_size()
 
     def _lay_out(self) -> None:
         w, types = self._weight, (torch.float32, torch.bfloat16)
@@ -61,7 +67,7 @@ class Dense(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Dense:
         self._restore()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lay_out()
         return self
 
@@ -71,7 +77,7 @@ class Dense(nn.Module):
         return {**self.__dict__, "_laid_out": None, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay_out()
 
 
@@ -87,7 +93,7 @@ class Nf4(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("absmax", absmax)
         self.register_buffer("bias", bias)
-        self.out_features, self.blocksize = out_features, blocksize
+        self.out_features, self.blocksize, self.weights = out_features, blocksize, 2 * packed.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] of x [..., K]."""

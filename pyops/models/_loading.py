@@ -68,6 +68,7 @@ def take(
         )
     last = base.final_layer_norm if a.family == "opt" else base.norm
     embedding = put(base.embed_tokens.weight)
+    assert embedding is not None
     if model.lm_head.weight is base.embed_tokens.weight and not nf4_head:
         head = Dense(embedding, put(model.lm_head.bias))  # one tensor, where a GPU holds it
     else:

@@ -110,4 +110,5 @@ def append_rows(
 
 def per_sequence(x: Tensor, width: int) -> Tensor:
     """[B, heads, width, D], a view of rows [B * width, heads, D]."""
-    return x.unflatten(0, (-1, width)).transpose(1, 2)
+    rows: Tensor = x.unflatten(0, (-1, width))
+    return rows.transpose(1, 2)

@@ -23,7 +23,7 @@ from ._architecture import Architecture
 from ._glue import glue
 from ._linear import Dense, Nf4
 from ._rows import Rows
-from .caches import KVCache, Layer, per_sequence
+from .caches import KVCache, Layer, UpfrontCache, per_sequence
 
 
 class Attention(Protocol):
@@ -260,15 +260,13 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of token ids [B, T], each row seeing those before it; for scores, not for generation."""
-        from .caches import UpfrontCache
-
         batch, width = tokens.shape
         cache = UpfrontCache()
         cache.start(self.architecture, batch, width, self.device, self.dtype)
         rows = Rows.packed([0] * batch, [width] * batch, self.device)
         hidden = self.hidden(tokens.reshape(-1), rows, cache, FullAttention())
-        logits: Tensor = self.head(hidden)
-        return logits.unflatten(0, (batch, width))
+        logits: Tensor = self.head(hidden).unflatten(0, (batch, width))
+        return logits
 
     def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> Any:
         """Continue each prompt by up to max_new_tokens tokens.

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import _extension
 from .._checks import (
-    ceil_div,
     check_dtype,
     check_float_dtype,
     check_same_device,
@@ -102,7 +101,7 @@ def check_cache_values(op: str, k_cache: Tensor, lengths: Tensor, block_table: T
     if block_table is None or not block_table.numel():
         return
     pages, block = k_cache.shape[0], k_cache.shape[1]
-    used = torch.arange(block_table.shape[1], device=lengths.device) < ceil_div(lengths[:, None], max(block, 1))
+    used = torch.arange(block_table.shape[1], device=lengths.device) * block < lengths[:, None]
     check_range(op, "block_table", torch.where(used, block_table, 0), 0, max(pages - 1, 0))
 
 

@@ -46,7 +46,7 @@ def test_nf4_weights_are_those_that_nf4_dequant_makes(family, hf):
     dense = copy.deepcopy(decoder)
     for name, layer in list(dense.named_modules()):
         if isinstance(layer, Nf4):
-            shape = (layer.out_features, 2 * layer.packed.numel() // layer.out_features)
+            shape = (layer.out_features, layer.weights // layer.out_features)
             weight = nf4_dequant(layer.packed, layer.absmax, shape, torch.float32, layer.blocksize)
             dense.set_submodule(name, Dense(weight, layer.bias))
     assert sum(isinstance(m, Nf4) for m in decoder.modules()) == 4 * 3
