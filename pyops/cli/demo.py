@@ -211,10 +211,10 @@ def readable(tokenizer: Any, new_ids: Tensor) -> str:
 def weights_megabytes(model: nn.Module) -> tuple[float, float]:
     """(MB of the linear layers in question, MB of the whole model)."""
     if isinstance(model, Decoder):
-        linear = [t for block in model.blocks for layer in block.children() for t in tensors_of(layer)]
-    else:
-        layers = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear)) and name not in SKIP]
-        linear = [t for layer in layers for t in tensors_of(layer)]
+        own, whole = model.memory
+        return own / 1e6, whole / 1e6
+    layers = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear)) and name not in SKIP]
+    linear = [t for layer in layers for t in tensors_of(layer)]
     rest = [t for module in model.modules() for t in tensors_of(module)]
     return megabytes(linear), megabytes([*linear, *rest])
 

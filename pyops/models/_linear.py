@@ -42,6 +42,10 @@ class Dense(nn.Module):
         """[N, K]."""
         return self._weight if self._laid_out is None else self._laid_out.to_dense()
 
+    def is_held(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the weight, not a copy."""
+        return self._laid_out is None and self._weight.data_ptr() == tensor.data_ptr()
+
     @property
     def weight_bytes(self) -> int:
         """What a step must read."""

@@ -189,6 +189,15 @@ class Decoder(nn.Module):
         return sum(products) + small + self.norm.numel() * self.norm.element_size()
 
     @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of (the layers' products, all weights)."""
+        linear = sum(m.weight_bytes for block in self.blocks for m in block.children() if isinstance(m, (Dense, Nf4)))
+        shared = isinstance(self.head, Dense) and self.head.is_held(self.embedding)
+        own = [m for m in self.modules() if not isinstance(m, (Dense, Nf4))]
+        rest = sum(b.numel() * b.element_size() for m in own for b in m.buffers(recurse=False))
+        return linear, linear + rest + (0 if shared else self.head.weight_bytes)
+
+    @property
     def glue(self) -> Any:
         """The functions between the products, compiled or not."""
         return glue(self.device.type == "cuda" if self.compiled is None else self.compiled)

@@ -212,3 +212,13 @@ def test_dense_layers(dtype, rows):
         assert (got.double() - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm()
     wide = copy.deepcopy(layer).double()
     assert torch.equal(wide.weight, weight.to(dtype).double())
+
+
+def test_memory(hf):
+    """Of a model with tied weights: on a CPU the head is laid out apart."""
+    for kind, per_weight in (("dense", 4), ("nf4", 0.5 + 4 / 64)):
+        linear, whole = Decoder.from_hf(hf("llama3"), weights=kind).memory
+        weights = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96)
+        assert linear == weights * per_weight
+        embedding, norms = 4 * 97 * 64, 4 * (2 * 3 + 1) * 64
+        assert whole == linear + 2 * embedding + norms + 4 * 8  # and 8 rotary frequencies
