@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) steps_kernel(const Params p, co
 // A warp for each of `warps` interleaved sets of pairs, one after the other. Where two warps change the same row at
 // once, one of the changes is lost, or parts of both stay: what is written is always a step from what was read.
 template <int kVec>
-__global__ void __launch_bounds__(kWarp* kWarps) hogwild_kernel(const Params p, double* total_loss) {
+__global__ void __launch_bounds__(kWarp* kWarps, 5) hogwild_kernel(const Params p, double* total_loss) {
   extern __shared__ float shared[];  // for each warp [examples] gradients and [examples] items
   const int lane = threadIdx.x % kWarp, mine = threadIdx.x / kWarp, examples = 1 + p.negatives;
   float* gradient = shared + mine * 2 * examples;
