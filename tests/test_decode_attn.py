@@ -55,6 +55,11 @@ def equal(a, b):
     return all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 
+def interpreted(backend, device):
+    """Triton's interpreter takes seconds for what a kernel does in microseconds: sweeps are thinned out there."""
+    return backend == "triton" and device.type == "cpu"
+
+
 def skip_untrusted(backend, device, dtype):
     if not trusted(backend, device, dtype):
         pytest.skip("Triton's interpreter computes bf16 incorrectly")
@@ -86,14 +91,14 @@ def test_every_instruction_set(dtype, cpu_isa, poison):
 
 @per_backend
 def test_every_length(backend, device, poison):
-    for first in range(0, 140, 20):
+    for first in (0, 120) if interpreted(backend, device) else range(0, 140, 20):
         sample = make(range(first, first + 20), 4, 2, device=device, dtype=torch.float16)
         assert error(run(sample, backend), sample) <= reference.BUDGET, first
 
 
 @per_backend
 def test_every_number_of_rows(backend, device, poison):
-    for rows in [*range(1, 18), 31, 32, 33, 63, 64]:
+    for rows in (1, 5, 17, 64) if interpreted(backend, device) else [*range(1, 18), 31, 32, 33, 63, 64]:
         for tree in (False, True):
             sample = make((70, rows), 3, 1, 64, rows, device=device, dtype=torch.float16, tree=tree)
             assert error(run(sample, backend), sample) <= reference.BUDGET, (rows, tree)
@@ -102,6 +107,8 @@ def test_every_number_of_rows(backend, device, poison):
 @per_backend
 @pytest.mark.parametrize("d", [*range(1, 18), 31, 63, 64, 65, 72, 80, 96, 100, 127, 128, 160, 192, 255, 256])
 def test_head_sizes(d, backend, device, poison):
+    if interpreted(backend, device) and d not in (1, 33, 64, 80, 256):
+        pytest.skip("a few are enough for the interpreter")
     sample = make((33, 5), 2, 1, d, 2, device=device, dtype=torch.float16)
     assert error(run(sample, backend), sample) <= reference.BUDGET
 
