@@ -186,6 +186,7 @@ def test_lock_free_on_one_thread_is_sequential_descent(factors, cpu_isa):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_learns(deterministic, backend, device):
     """Two groups of users who like two groups of items: told apart after some passes, on every backend."""
+    skip_interpreter(backend, device)
     generator = torch.Generator().manual_seed(3)
     users = torch.randint(0, 60, (1500,), generator=generator)
     items = torch.randint(0, 20, (1500,), generator=generator) + 20 * (users % 2)
