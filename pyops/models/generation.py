@@ -63,7 +63,7 @@ class OneToken:
     """A token a sequence and step."""
 
     width: ClassVar[int] = 1
-    _captured: tuple[Any, int, Any] | None = field(default=None, repr=False)
+    _captured: tuple[Text, int, Any] | None = field(default=None, repr=False)
 
     def step(self, text: Text) -> Tensor:
         """On a GPU the replay of a graph, captured again when the cache's memory moves."""
@@ -71,10 +71,11 @@ class OneToken:
         if not text.graphs:
             self._advance(text)
             return text.tokens[:, None]
-        if self._captured is None or self._captured[:2] != (id(text), text.cache.version):
-            self._captured = (id(text), text.cache.version, _capture(lambda: self._advance(text), text))
+        known = self._captured
+        if known is None or known[0] is not text or known[1] != text.cache.version:
+            self._captured = (text, text.cache.version, _capture(lambda: self._advance(text), text))
         else:
-            self._captured[2].replay()
+            known[2].replay()
         return text.tokens[:, None]
 
     @staticmethod
@@ -165,9 +166,8 @@ def _steps(
     """
     longest = max(map(len, ids))
     a = text.decoder.architecture
-    lag = 1 if text.decoder.device.type == "cuda" else 0
-    # A step may begin while a single token is missing, and the one after it before that is known.
-    most = longest + max_new_tokens - 2 + (1 + lag) * decoding.width
+    lag = _lag(text.decoder)
+    most = longest + _most_rows(text.decoder, max_new_tokens, decoding.width)
     text.cache.start(a, len(ids), most, text.decoder.device, text.decoder.dtype)
     answers = [_Answer(max_new_tokens, ends) for _ in ids]
     waiting: collections.deque[_Fetched] = collections.deque()
@@ -184,6 +184,20 @@ def _steps(
             if any(new):
                 yield new
             tick(min(len(answer.tokens) for answer in answers))
+
+
+def _lag(decoder: Decoder) -> int:
+    """Steps that are under way before the tokens of an earlier one are looked at."""
+    return 1 if decoder.device.type == "cuda" else 0
+
+
+def _most_rows(decoder: Decoder, max_new_tokens: int, width: int) -> int:
+    """Rows that may follow a prompt in the cache.
+
+    There are at most max_new_tokens - 1 steps (the prompt gives the first token). A step may begin while one token
+    is missing, and others before it is known that none is.
+    """
+    return min((max_new_tokens - 1) * width, max_new_tokens - 2 + (1 + _lag(decoder)) * width)
 
 
 def _prefill(text: Text, ids: list[list[int]], chunk: int) -> None:
@@ -311,7 +325,7 @@ def _check(decoder: Decoder, ids: list[list[int]], max_new_tokens: int, chunk: i
     for b, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"{WHO}: prompts[{b}] must have at least 1 token, got none")
-        if len(prompt) + max_new_tokens + width - 2 > a.max_positions:
+        if max_new_tokens and len(prompt) + _most_rows(decoder, max_new_tokens, width) > a.max_positions:
             raise ValueError(
                 f"{WHO}: prompts[{b}] must leave room for {max_new_tokens} new tokens in {a.max_positions} positions, "
                 f"got {len(prompt)} tokens"
