@@ -337,7 +337,7 @@ BAD_VALUES = {
     "length beyond": (dict(lengths=ints(3, 41)), "lengths must be from 0 to 40, got 41"),
     "length negative": (dict(lengths=ints(-1, 3)), "lengths must be from 0 to 40, got -1"),
     "q_lens beyond": (dict(q_lens=ints(4, 3)), "q_lens must be from 0 to 3, got 4"),
-    "q_lens negative": (dict(q_lens=ints(0, -2)), "q_lens must be from 0 to 3, got -2"),
+    "q_lens negative": (dict(q_lens=ints(3, -2)), "q_lens must be from 0 to 3, got -2"),
     "table too short": (
         dict(**caches(9, 16, 2, 64), block_table=torch.zeros(2, 3, dtype=torch.int32), lengths=ints(3, 49)),
         "lengths must be from 0 to 48, got 49",
@@ -403,21 +403,39 @@ def test_rejects_without_a_named_backend(name, path):
     assert str(raised.value) == f"fastops::decode_attn: {message}"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", BAD_VALUES)
-def test_bad_values_are_skipped_on_a_gpu(name):
-    """The sequence with the bad length, or the keys of the bad page, count for nothing; nothing is out of bounds."""
-    changes, _ = BAD_VALUES[name]
+def with_values(arguments):
+    """The same call with numbers in its tensors of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: torch.randn(value.shape, generator=generator).to(value)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for key, value in arguments.items()
+    }
+
+
+def kernels_beyond_the_checks():
+    """(device, call) of what runs without the CPU's checks of values: GPU kernels, and Triton's in its interpreter."""
     for backend, device in available("decode_attn"):
-        if device.type != "cuda" or backend == "reference":
-            continue
-        arguments = bad_call(changes, device)
-        out, lse = fastops.decode_attn(**arguments, backend=backend)
-        assert bool(out.isfinite().all())
-        assert bool((out == 0).all())  # values are zeros: only a read out of bounds makes something else
-        if name.startswith("length"):
-            bad = 1 if name == "length beyond" else 0
-            assert bool((lse[bad] == -torch.inf).all())
+        if device.type == "cuda" and backend != "reference":
+            yield device, functools.partial(fastops.decode_attn, backend=backend)
+        elif interpreted(backend, device):
+            yield device, fastops._registry.registry["decode_attn"].triton_member("launch")
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_triton_and_cuda_kernels_skip_bad_values(name):
+    """The sequence with the bad length, or the keys of the bad page, count for nothing; the others are as ever."""
+    for device, call in kernels_beyond_the_checks():
+        arguments = with_values(bad_call(BAD_VALUES[name][0], device))
+        got = call(**arguments)
+        if name.startswith("q_lens"):  # a sequence with a number of rows that cannot be has none
+            bad = int(name == "q_lens negative")
+            assert bool((got[0][bad] == 0).all())
+            assert bool((got[1][bad] == -torch.inf).all())
+            arguments["q_lens"][bad] = 0
+        assert bool((got[0] != 0).any())
+        assert reference.error(got, **arguments) <= reference.BUDGET
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -197,7 +197,7 @@ def _most_rows(decoder: Decoder, max_new_tokens: int, width: int) -> int:
     There are at most max_new_tokens - 1 steps (the prompt gives the first token). A step may begin while one token
     is missing, and others before it is known that none is.
     """
-    return min((max_new_tokens - 1) * width, max_new_tokens - 2 + (1 + _lag(decoder)) * width)
+    return max(0, min((max_new_tokens - 1) * width, max_new_tokens - 2 + (1 + _lag(decoder)) * width))
 
 
 def _prefill(text: Text, ids: list[list[int]], chunk: int) -> None:
@@ -325,7 +325,7 @@ def _check(decoder: Decoder, ids: list[list[int]], max_new_tokens: int, chunk: i
     for b, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"{WHO}: prompts[{b}] must have at least 1 token, got none")
-        if max_new_tokens and len(prompt) + _most_rows(decoder, max_new_tokens, width) > a.max_positions:
+        if len(prompt) + _most_rows(decoder, max_new_tokens, width) > a.max_positions:
             raise ValueError(
                 f"{WHO}: prompts[{b}] must leave room for {max_new_tokens} new tokens in {a.max_positions} positions, "
                 f"got {len(prompt)} tokens"
