@@ -32,7 +32,7 @@ def make(rows, lengths, hq=4, hkv=2, d=64, *, device="cpu", dtype=torch.float32,
     (_, k, v, n), table = decode_reference.random_inputs(
         tuple(lengths), hq, hkv, d, 0, device, dtype, block=block, seed=seed
     )
-    q = torch.randn(sum(rows), hq, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    q = torch.randn(sum(rows), hq, d, generator=torch.Generator().manual_seed(seed + 1)).to(device, dtype)
     starts = torch.tensor([0, *rows], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     if table is not None:
         kwargs["block_table"] = table
