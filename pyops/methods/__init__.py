@@ -1,5 +1,6 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
+from .bmc import GrowingCache, PaddedAttention, register_attention, transformers_cache
 from .cadc import Cadc, compress
 from .marche import Marche, MarcheConfig
 from .nf4 import (
@@ -12,12 +13,16 @@ from .nf4 import (
 
 __all__ = [
     "Cadc",
+    "GrowingCache",
     "Marche",
     "MarcheConfig",
     "Nf4Linear",
+    "PaddedAttention",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",
     "compress",
     "quantize_model",
+    "register_attention",
     "restore_bitsandbytes",
+    "transformers_cache",
 ]

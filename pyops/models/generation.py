@@ -207,6 +207,7 @@ def _prefill(text: Text, ids: list[list[int]], chunk: int) -> None:
         [0] * batch,
         torch.empty(batch, decoder.architecture.hidden, device=decoder.device, dtype=decoder.dtype),
     )
+    text.cache.reserve(max(map(len, ids)))  # at once: a cache that grows then knows what is prompt
     while any(d < len(prompt) for d, prompt in zip(done, ids, strict=True)):
         room, counts = chunk, []
         for before, prompt in zip(done, ids, strict=True):
@@ -216,7 +217,6 @@ def _prefill(text: Text, ids: list[list[int]], chunk: int) -> None:
         tokens = torch.tensor([t for d, n, p in zip(done, counts, ids, strict=True) for t in p[d : d + n]])
         done = [d + n for d, n in zip(done, counts, strict=True)]
         whole = [b for b in range(batch) if counts[b] and done[b] == len(ids[b])]  # whose prompts end in this pass
-        text.cache.reserve(max(done))
         ends = torch.tensor([sum(counts[: b + 1]) - 1 for b in whole], dtype=torch.int64, device=decoder.device)
         hidden = decoder.hidden(tokens.to(decoder.device), rows, text.cache, text.attention, wanted=ends)
         last[whole] = hidden
