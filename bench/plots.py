@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .plots_methods import METHODS
 from .records import Record
 
 PEER_ORDER = ("bitsandbytes",)  # named first; the others follow by name
@@ -31,8 +32,8 @@ def peer_names(found: Iterable[Record]) -> list[str]:
 def draw(path: Path, op: str, device: str, results: dict[str, list[Record]]) -> bool:
     """Draw the op's records of a device into a PNG; False without matplotlib, or where there is nothing to draw."""
     found = results[op]
-    if op == "cadc":
-        return _draw_ranks(path, device, found)
+    if op in METHODS:
+        return METHODS[op](path, device, found)
     if op in BY_ROWS:
         found = [*results.get(BY_ROWS[op], []), *found]
     found = [r for r in found if r["graphed"]] or found
@@ -61,41 +62,6 @@ def draw(path: Path, op: str, device: str, results: dict[str, list[Record]]) -> 
         figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.2 * len(shares) * (len(names) + 1)), layout="constrained")
         _draw_bars(axes, shares, names)
         axes.set_title(title + "share of the floor")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return True
-
-
-def _draw_ranks(path: Path, device: str, found: Sequence[Record]) -> bool:
-    """CADC: HR@10 among 100 and among all, by the share of interactions that the towers were trained on."""
-    arms = [r for r in found if "rate" in r["case"] and r["case"]["strategy"] != "init-finetune"]
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return False
-    if not arms:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axes, metric, title in zip(panels, ("hr10", "hr10_all"), ("among 100", "among all items"), strict=True):
-        for i, name in enumerate(("cadc", "plain", "full")):
-            points = sorted((r["case"]["rate"], r["figures"]) for r in arms if r["case"]["arm"] == name)
-            shares, values = [100 * rate for rate, _ in points], [f[metric] for _, f in points]
-            errors = [f[f"{metric}_ci"] for _, f in points]
-            axes.errorbar(shares, values, errors, marker="o", capsize=3, color=f"C{i}", label=name)
-            if name == "full" and values:
-                axes.axhspan(0.97 * values[0], 1.03 * values[0], color=f"C{i}", alpha=0.12, label="full ± 3 %")
-        axes.set_xscale("log")
-        axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
-        axes.minorticks_off()
-        axes.set_xlabel("% of the interactions")
-        axes.set_ylabel(f"HR@10 {title}")
-        axes.set_ylim(bottom=0)
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"CADC on {found[0]['case']['model']}, {device}: mean of the seeds, 95 % intervals", fontsize=11)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)

@@ -85,6 +85,11 @@ class GrowingCache:
         ValueError: naming the argument, what it must be and what it is; from start() and reserve(), for texts longer
             than the limit.
         MemoryError: there is no memory to grow; the cache still holds its rows and can be used, or grown later.
+
+    Attributes:
+        capacity: rows that a sequence can have now.
+        spare: rows that it grew by last.
+        growths: how often it grew since start().
     """
 
     lengths: Tensor
@@ -102,7 +107,7 @@ class GrowingCache:
         _check(r, setting, growth, limit, width, accepted)
         self.r, self.setting, self.growth, self.limit = r, setting, growth, limit
         self.width, self.accepted = width, accepted
-        self.version = self.growths = self.capacity = 0
+        self.version = self.growths = self.capacity = self.spare = 0
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self._reserved: list[Reserved] = []
@@ -137,7 +142,8 @@ class GrowingCache:
                     f"bmc: the cache is full: it has {self.capacity} of at most {self._most} rows, {rows} are needed"
                 )
             before = rows - self.width if self.capacity else rows  # first is the prompt, then come steps
-            self._grow(min(before + self._spare(before), self._most))
+            self.spare = self._spare(before)
+            self._grow(min(before + self.spare, self._most))
         self._held = rows
 
     def append(self, layer: int, k: Tensor, v: Tensor, rows: Rows) -> None:
