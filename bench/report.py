@@ -172,6 +172,7 @@ README_TABLES = ("decoder", "nf4_linear", "nf4_dequant", "nf4_quantize")
 
 # Whose tables the page of a method shows, its own among them.
 METHOD_OPS = {
+    "bmc": ("bmc",),
     "cadc": ("cadc",),
     "decoder": ("decoder",),
     "marche": ("marche",),
