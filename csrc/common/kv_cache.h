@@ -165,4 +165,11 @@ inline Pages pages(const Tensor& k_cache, const std::optional<Tensor>& block_tab
           shape.capacity};
 }
 
+// On a CPU: the page that a row needs exists.
+inline void check_page(const char* op, const Pages& p, int64_t b, int64_t column) {
+  const int64_t page = p.table[b * p.table_row + column * p.table_column];
+  FO_CHECK(page >= 0 && page < p.n_blocks, op, "block_table must hold pages from 0 to n_blocks - 1 = ", p.n_blocks - 1,
+           " where rows are, got ", page, " at [", b, ", ", column, "]");
+}
+
 }  // namespace fastops::kv
