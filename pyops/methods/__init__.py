@@ -1,6 +1,7 @@
 """Thin methods: published systems assembled from the operators. A method holds no kernel."""
 
 from .cadc import Cadc, compress
+from .kvpr import OffloadedCache
 from .marche import Marche, MarcheConfig
 from .nf4 import (
     Nf4Linear,
@@ -15,6 +16,7 @@ __all__ = [
     "Marche",
     "MarcheConfig",
     "Nf4Linear",
+    "OffloadedCache",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",
     "compress",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models import Decoder
 from ..models._linear import Dense, Nf4
+from ..models.decoder import Block
 from ..ops.kv_recompute import kv_recompute
 from ..ops.nf4_dequant import nf4_dequant
 from ._kvpr_lanes import Mark
@@ -89,12 +90,16 @@ class Projection:
         a = decoder.architecture
         self._first, self._width = a.heads * a.head_dim, a.kv_heads * a.head_dim
 
+    def _block(self, layer: int) -> Block:
+        block = self._decoder.blocks[layer]
+        assert isinstance(block, Block)
+        return block
+
     def _weights(self, layer: int) -> tuple[Tensor, Tensor]:
         """[Hkv D, H] each."""
         if layer in self._dense:
             return self._dense[layer]
-        qkv, hidden = self._decoder.blocks[layer].qkv, self._decoder.architecture.hidden
-        assert isinstance(qkv, (Dense, Nf4))
+        qkv, hidden = self._block(layer).qkv, self._decoder.architecture.hidden
         begin = self._first * hidden
         if isinstance(qkv, Nf4) and begin % (2 * qkv.blocksize) == 0:
             packed, absmax = qkv.packed.reshape(-1)[begin // 2 :], qkv.absmax.reshape(-1)[begin // qkv.blocksize :]
@@ -103,7 +108,8 @@ class Projection:
             return both[: self._width], both[self._width :]
         if isinstance(qkv, Nf4):  # a block of weights holds some of W_Q and some of W_K
             whole = nf4_dequant(qkv.packed, qkv.absmax, (qkv.out_features, hidden), self._decoder.dtype, qkv.blocksize)
-            return tuple(whole[self._first :].split(self._width))  # type: ignore[return-value]
+            w_k, w_v = whole[self._first :].split(self._width)
+            return w_k, w_v
         both = qkv.weight[self._first :]
         if both.device.type == "cpu":
             both = both.clone()  # without W_Q, which the slice would keep alive
@@ -112,19 +118,20 @@ class Projection:
 
     def prepare(self, layer: int) -> None:
         """Copy the weights now where they would be copied at their first use."""
-        if isinstance(self._decoder.blocks[layer].qkv, Dense):
+        if isinstance(self._block(layer).qkv, Dense):
             self._weights(layer)
 
     def __call__(self, layer: int, x: Sequence[tuple[int, Tensor]], stage: Stage) -> None:
         """Rows `first` … of the stage's K and V from each (first, x [n, B, H])."""
-        block, a = self._decoder.blocks[layer], self._decoder.architecture
+        block, a = self._block(layer), self._decoder.architecture
         w_k, w_v = self._weights(layer)
         bias = block.qkv.bias
-        b_k, b_v = (None, None) if bias is None else bias[self._first :].split(self._width)  # type: ignore[operator]
-        norm: Tensor | None = block.qk_norm  # type: ignore[assignment]
-        options = {} if norm is None else {"k_norm_weight": norm[a.heads], "k_norm_eps": a.eps}
+        b_k, b_v = (None, None) if bias is None else bias[self._first :].split(self._width)
+        norm = None if block.qk_norm is None else block.qk_norm[a.heads]
         cos, sin = (None, None) if self._decoder.frequencies is None else self._decoder.angle_table
         for first, rows in x:
             turn = slice(first, first + rows.shape[0])
-            angles = (None, None) if cos is None or sin is None else (cos[turn], sin[turn])
-            kv_recompute(rows.transpose(0, 1), w_k, w_v, b_k, b_v, *angles, stage.k, stage.v, first, **options)
+            kv_recompute(
+                rows.transpose(0, 1), w_k, w_v, b_k, b_v, None if cos is None else cos[turn],
+                None if sin is None else sin[turn], stage.k, stage.v, first, k_norm_weight=norm, k_norm_eps=a.eps,
+            )  # fmt: skip

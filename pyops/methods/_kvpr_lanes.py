@@ -35,7 +35,7 @@ class Timeline:
     def _now(self, stream: Any) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(stream if stream is not None else torch.cuda.current_stream(self._device))
         return event
 
@@ -108,9 +108,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, timeline: bool = False) -> None:
         self.device, self.cuda = device, device.type == "cuda"
-        self._streams = (
-            {lane: torch.cuda.Stream(device) for lane in (COPY, STORE)} if self.cuda else {}  # type: ignore[no-untyped-call]
-        )
+        self._streams = {lane: torch.cuda.Stream(device) for lane in (COPY, STORE)} if self.cuda else {}
         self.timeline = Timeline(device) if timeline else None
 
     def stream(self, lane: str) -> Any:
@@ -144,7 +142,7 @@ class Lanes:
         """What the lane has been given so far, to wait for."""
         if not self.cuda:
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(self.stream(lane))
         return event
 

@@ -200,9 +200,7 @@ def column_seconds(shape: Shape, rates: Rates, tokens: int, split: int, weights:
 
     `weights` are the bytes of the layer's weights, divided by the batches that share a load of them.
     """
-    return max(
-        split * shape.flops / rates.flops + rates.other, (shape.copied(tokens, split) + weights) / rates.copy
-    )
+    return max(split * shape.flops / rates.flops + rates.other, (shape.copied(tokens, split) + weights) / rates.copy)
 
 
 def column_split(shape: Shape, rates: Rates, tokens: int, limit: int, weights: float = 0.0) -> int:

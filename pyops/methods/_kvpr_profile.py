@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -149,7 +150,7 @@ def _recomputation(
 
 
 def _events(count: int) -> list[Any]:
-    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]  # type: ignore[no-untyped-call]
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
 
 
 def _seconds(device: torch.device, call: Callable[[], object], repeats: int = 7) -> float:
@@ -169,7 +170,7 @@ def _seconds(device: torch.device, call: Callable[[], object], repeats: int = 7)
         call()
         moment.record()
     torch.cuda.synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in zip(moments, moments[1:], strict=False)) / 1e3
+    return float(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(moments))) / 1e3
 
 
 def _copy_seconds(device: torch.device, target: Tensor, host: Tensor, size: int) -> float:
@@ -189,7 +190,9 @@ def _launch_seconds(device: torch.device, target: Tensor, host: Tensor, count: i
     if device.type != "cuda":
         return 0.0
     lanes = Lanes(device)
-    x, w, cache = (torch.zeros(*shape, device=device) for shape in ((1, 1, 64), (64, 64), (1, 1, 1, 64)))
+    x, w, cache = (
+        torch.zeros(*shape, device=device, dtype=torch.float16) for shape in ((1, 1, 64), (64, 64), (1, 1, 1, 64))
+    )
     kv_recompute(x, w, w, None, None, None, None, cache, cache.clone(), 0)
     other = cache.clone()
     lanes.synchronize()
@@ -204,11 +207,9 @@ def _launch_seconds(device: torch.device, target: Tensor, host: Tensor, count: i
     return took
 
 
-def _beside(
-    device: torch.device, recompute: Callable[[], None], target: Tensor, host: Tensor
-) -> tuple[float, float]:
+def _beside(device: torch.device, recompute: Callable[[], None], target: Tensor, host: Tensor) -> tuple[float, float]:
     """(copies' rate, recomputation's rate) of each while the other runs, over its rate alone."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     size = host.numel()
     alone = _copy_seconds(device, target, host, size), _seconds(device, recompute)
     times = 12

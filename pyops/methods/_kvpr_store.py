@@ -190,7 +190,7 @@ class HostStore:
             self._install(self._allocate(tokens))
         step = min(self.segment, default=0)
         if self._coming is None and self.committed < self.tokens and self.committed - tokens < step // 2:
-            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="fastops-kvpr")
+            self._worker = self._worker or _worker(self.pin)
             self._coming = self._worker.submit(self._ahead, min(self.tokens, self.committed + step))
 
     def _ahead(self, tokens: int) -> list[list[list[Tensor]]]:
@@ -200,10 +200,7 @@ class HostStore:
     def _allocate(self, tokens: int) -> list[list[list[Tensor]]]:
         """The missing segments of each plane and layer."""
         return [
-            [
-                [self._new(plane, n) for _ in range(len(layer), -(-tokens // n))]
-                for layer in self._segments[i]
-            ]
+            [[self._new(plane, n) for _ in range(len(layer), -(-tokens // n))] for layer in self._segments[i]]
             for i, (plane, n) in enumerate(zip(self.planes, self.segment, strict=True))
         ]
 
@@ -240,6 +237,13 @@ class HostStore:
         if self._worker is not None:
             self._worker.shutdown(wait=True)
             self._worker = self._coming = None
+
+
+def _worker(pin: bool) -> ThreadPoolExecutor:
+    """A thread that works on this thread's device."""
+    if not pin:
+        return ThreadPoolExecutor(1, "fastops-kvpr")
+    return ThreadPoolExecutor(1, "fastops-kvpr", torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
 def empty_host(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:

@@ -4,9 +4,10 @@
 
     tokens = decoder.generate(prompts, 256, cache=OffloadedCache(decoder))
 
-Every decode step must bring each layer's K and V to the device. Of the first rows the layer's inputs X are sent instead,
-half as many bytes where heads are not grouped, and K and V are made from them while the rest arrives. The result is that
-of a resident cache. Source: KVPR, arXiv:2411.17089; the chunks and the 4-bit store are ours. docs/kvpr.md has the rest.
+Every decode step must bring each layer's K and V to the device. Of the first rows the layer's inputs X are sent
+instead, half as many bytes where heads are not grouped, and K and V are made from them while the rest arrives. The
+result is that of a resident cache. Source: KVPR, arXiv:2411.17089; the chunks and the 4-bit store are ours.
+docs/kvpr.md has the rest.
 """
 
 from __future__ import annotations
@@ -207,6 +208,8 @@ class OffloadedCache:
             )
             for _ in range(2)
         ]
+        for buffer in [b for stage in self._stages for b in (stage.kv, *stage.x, *stage.inbox)]:
+            self._lanes.keep(buffer, COPY)  # a cache may be dropped with copies under way
         self.lengths = torch.zeros(batch, device=self.device, dtype=torch.int32)
         self._store, self.version = store, self.version + 1
         self._transfer = Transfer(store, self._lanes, batch)
