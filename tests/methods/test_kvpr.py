@@ -1,7 +1,9 @@
 """The offloaded cache gives the resident cache's tokens, whatever is recomputed; and refuses what it cannot do."""
 
 import functools
+import itertools
 import json
+import operator
 import re
 
 import pytest
@@ -185,7 +187,7 @@ def _next_logits(model, cache):
     from fastops.models import FullAttention
 
     cache.reserve(24)
-    packed = torch.tensor(sum(ids, []), device=model.device)
+    packed = torch.tensor(functools.reduce(operator.iadd, ids, []), device=model.device)
     model.hidden(packed, Rows.packed([0] * 3, [24] * 3, model.device), cache, FullAttention())
     cache.reserve(25)
     rows = Rows.next(cache.lengths)
@@ -203,7 +205,7 @@ def test_the_timeline_is_a_chrome_trace(decoder, tmp_path):
     for spans in lanes.values():
         assert spans
         assert all(duration >= 0 for _, duration, _ in spans)
-        for (start, duration, _), (following, _, _) in zip(spans, spans[1:], strict=False):
+        for (start, duration, _), (following, _, _) in itertools.pairwise(spans):
             assert start + duration <= following + 1e-3  # a lane does one thing at a time
     names = [name for _, _, name in lanes[1]]
     assert names.count("recompute 0") == 3 * 4  # chunks of four rows, in each of four steps
