@@ -174,6 +174,7 @@ README_TABLES = ("decoder", "nf4_linear", "nf4_dequant", "nf4_quantize")
 METHOD_OPS = {
     "cadc": ("cadc",),
     "decoder": ("decoder",),
+    "kvpr": ("kv_recompute", "kvpr"),
     "marche": ("marche",),
     "nf4": ("nf4_linear", "nf4_linear_dx", "nf4"),
 }

@@ -293,7 +293,7 @@ class KvprMethod:
         compress = None if case.sizes["compress"] == "none" else case.sizes["compress"]
         scored = SCORED if session.effort == FULL else 4
         texts = tokens[: TEXTS * (PROMPT + SCORED + 1)].reshape(TEXTS, -1)[:, : PROMPT + scored + 1]
-        split = PROMPT // 2 if compress in ("x", "all") else 0
+        split = {"x": PROMPT + SCORED, "all": PROMPT // 2}.get(str(compress), 0)
         start = time.perf_counter()
         value = perplexity(decoder, texts, OffloadedCache(decoder, split, compress=compress))
         us = 1e6 * (time.perf_counter() - start) / scored
@@ -302,8 +302,7 @@ class KvprMethod:
             resident = perplexity(decoder, texts, UpfrontCache())
             check("the perplexity", abs(value / resident - 1), 1e-4)
             figures["perplexity_resident"] = resident
-        record = self._record(case, session, us / 1e3, 0.0, figures)
-        return record
+        return self._record(case, session, us / 1e3, 0.0, figures)
 
 
 def _prompt(case: Case, decoder: Decoder) -> Tensor:

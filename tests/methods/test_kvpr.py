@@ -12,7 +12,7 @@ import torch
 from fastops.methods import OffloadedCache, _kvpr_store, kvpr
 from fastops.methods._kvpr_profile import Profile
 from fastops.methods.kvpr import HostMemoryError
-from fastops.models import Decoder, OneToken, Rows
+from fastops.models import Decoder, FullAttention, OneToken, Rows
 from fastops.testing import devices
 
 PROFILE = Profile({1 << 12: 5e8, 1 << 20: 2e9}, 1e10, 1e10)  # arithmetic enough that a split pays
@@ -184,8 +184,6 @@ def _next_logits(model, cache):
     """Of a token after prompts."""
     ids = prompts((24, 24, 24))
     cache.start(model.architecture, 3, 30, model.device, model.dtype)
-    from fastops.models import FullAttention
-
     cache.reserve(24)
     packed = torch.tensor(functools.reduce(operator.iadd, ids, []), device=model.device)
     model.hidden(packed, Rows.packed([0] * 3, [24] * 3, model.device), cache, FullAttention())
@@ -264,10 +262,8 @@ class TestFaults:
     def test_short_host_memory_is_told_before_anything_is_computed(self, decoder):
         model = decoder("llama")
         cache = cache_of(model, 9, host_limit=100_000)
-        want = "host memory must have 0.166 MB for 53 tokens of 6 sequences in 3 layers, got 0.100 MB (host_limit)"
         with pytest.raises(HostMemoryError, match=r"host memory must have \d\.\d+ MB for \d+ tokens of 6 sequences"):
             model.generate(prompts(), 24, eos=(), cache=cache)
-        assert "host memory must have" in want
         ids = prompts((5,))
         assert model.generate(ids, 4, eos=(), cache=cache) == model.generate(ids, 4, eos=())
 
@@ -330,10 +326,9 @@ class TestFaults:
         model = decoder("llama")
         cache = cache_of(model, 9)
         cache.start(model.architecture, 1, 1, model.device, model.dtype)
-        for _ in range(1):
-            cache.reserve(1)
-            with torch.no_grad():
-                model.hidden(torch.tensor([1]), Rows.next(cache.lengths), cache, lambda layer, q, *a: q)
+        cache.reserve(1)
+        with torch.no_grad():
+            model.hidden(torch.tensor([1]), Rows.next(cache.lengths), cache, lambda layer, q, *a: q)
         with pytest.raises(ValueError, match="rows must be at most 1 a sequence, got 2"):
             cache.append_input(0, torch.zeros(1, 64), Rows.next(cache.lengths))
 
@@ -376,9 +371,9 @@ def test_rejects(name, decoder):
 
 @pytest.mark.slow
 def test_a_real_model(smol):
-    """SmolLM2-135M has groups of three heads: all is sent; with X in 4 bits a split pays, and is near."""
+    """SmolLM2-135M has groups of three heads: all is sent, unless one asks for a split."""
     model, text = smol
-    decoder, ids = Decoder.from_hf(model), [text[:64].tolist(), text[100:140].tolist()]
-    want = decoder.generate(ids, 32, eos=())
-    for split in ("auto", 40):
-        assert decoder.generate(ids, 32, eos=(), cache=cache_of(decoder, split)) == want
+    decoder, ids = Decoder.from_hf(model), [text[:40].tolist(), text[100:120].tolist()]
+    want = decoder.generate(ids, 10, eos=())
+    for split in ("auto", 30):
+        assert decoder.generate(ids, 10, eos=(), cache=cache_of(decoder, split)) == want
