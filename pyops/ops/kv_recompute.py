@@ -120,6 +120,7 @@ OP = Op(
     check_values=_check_values,
     fake=_fake,
     reference=reference.kv_recompute,
+    triton="kv_recompute",
     describe=_describe,
 )
 
