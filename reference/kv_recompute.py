@@ -115,7 +115,7 @@ def _normed(y: Tensor, magnitude: Tensor, weight: Tensor, eps: float) -> tuple[T
     """An RMS norm and its magnitude: what an error u `magnitude` of y becomes.
 
     With r = 1 / sqrt(mean(y^2) + eps) and z = y r w, errors d of y move z by w r (d_i - y_i r^2 mean(y d)), at most
-    |w| r (|d_i| + |y_i| r^2 mean(|y d|)). The norm's own roundings are some u |z|, and |z| is at most |w| r `magnitude`.
+    |w| r (|d_i| + |y_i| r^2 mean(|y d|)). The norm's own roundings are some u |z|, and |z| is within |w| r `magnitude`.
     """
     r = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     spread = (y.abs() * magnitude).mean(-1, keepdim=True)
@@ -142,7 +142,7 @@ def error(
 ) -> float:
     """Error ratio of the written rows, given the caches before the call; all else must be what it was, bit for bit.
 
-    The magnitude of an element is the sum of its |x w| (and of the bias), which a norm and a rotation hand on. At BUDGET
+    The magnitude of an element is the sum of its |x w| and of the bias, which a norm and a rotation hand on. At BUDGET
     it is 4 (u_out |y| + u_acc magnitude) off, u the unit roundoffs: what is summed is rounded to fp32 many times, and
     to the caches' dtype once.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _extension
 from .._checks import check_dtype, check_same_device, fail
 from .._kv_cache import CacheShape, check_last_dim, check_rotary, check_writable_caches, pages_of, refuse_pages, values
-from .._registry import Op
+from .._registry import Op, TuningCase
 from ..reference import kv_recompute as reference
 
 SCHEMA = (
@@ -108,10 +109,27 @@ def _fake(*args: object, **kwargs: object) -> None:
     """The op returns nothing."""
 
 
-def _describe(backend: str, *args: Any, **kwargs: Any) -> str:
+def _describe(backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
     if backend == "cpu" and _extension.C is not None:
         return f"{_extension.C.cpu_isa()}, {torch.get_num_threads()} threads"
-    return ""
+    if backend != "triton":
+        return ""
+    from ..triton_ops import kv_recompute as triton_page
+
+    k_cache = args[6] if len(args) > 6 else kwargs["k_cache"]
+    return str(triton_page.config_for(x, k_cache.shape[3]))
+
+
+def _tuning(device: torch.device) -> Iterator[TuningCase]:
+    """Chunks of a KVPR step up to whole splits, of Llama-2-7B, OPT-13B, OPT-30B and a small MHA model."""
+    for rows, heads, dim in ((1024, 32, 128), (4096, 32, 128), (16384, 32, 128), (16384, 56, 128), (16384, 16, 64)):
+        hidden = heads * dim
+        x = torch.randn(1, rows, hidden, device=device, dtype=torch.bfloat16)
+        w_k, w_v = (torch.randn(hidden, hidden, device=device, dtype=torch.bfloat16) for _ in range(2))
+        angle = torch.rand(rows, dim // 2, device=device) * 6.3
+        caches = (torch.empty(1, heads, rows, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
+        args = (x, w_k, w_v, None, None, angle.cos(), angle.sin(), *caches, 0)
+        yield TuningCase({"dtype": "bfloat16", "D": dim}, rows, args, {})
 
 
 OP = Op(
@@ -120,7 +138,9 @@ OP = Op(
     check_values=_check_values,
     fake=_fake,
     reference=reference.kv_recompute,
+    triton="kv_recompute",
     describe=_describe,
+    tuning=_tuning,
 )
 
 
