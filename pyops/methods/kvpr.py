@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from ._kvpr_transfer import Transfer
 __all__ = ["HostMemoryError", "OffloadedCache", "Plan", "Profile", "Rates", "Shape", "available_memory", "split_point"]
 
 SCHEDULES = ("auto", "full", "single", "pipeline")
-PLAN_EVERY = 16  # rows after which the split is chosen anew
+PLAN_EVERY = 32  # rows after which the split is chosen anew
 
 
 class OffloadedCache:
@@ -99,7 +98,6 @@ class OffloadedCache:
         self._projection = Projection(decoder)
         self._failed: str | None = None
         self._store: HostStore | None = None
-        self._made: tuple[Any, ...] = ()
         self._stages: list[Stage] = []
         self._plans: dict[int, Plan] = {}
 
@@ -177,13 +175,16 @@ class OffloadedCache:
         """
         if (model, device, dtype) != (self.decoder.architecture, self.decoder.device, self.decoder.dtype):
             raise ValueError(f"{WHO}: decoder must be the one that the cache was made with, got another")
+        self._failed = "a start() that failed"
         self._lanes.synchronize()  # copies for a step that did not come
-        self._batch, self._capacity = batch, rows
-        made = (batch, rows, device, dtype, self._sends_x, self.decoder.dtype)
-        if made != self._made or self._store is None:
+        self._batch = batch
+        if self._store is None or batch != self._store.batch or rows > self._store.tokens:
             self._forget()
             self._allocate(batch, rows)
-            self._made = made
+        assert self._store is not None
+        self._store.check(rows)
+        if isinstance(self.split, str) and self._sends_x:
+            _ = self.profile  # measured now, if it must be, not in the first step
         self._plans = {}
         self._stages[0].holds = self._stages[1].holds = None
         self._stages[0].free = self._stages[1].free = None
@@ -200,7 +201,7 @@ class OffloadedCache:
         x_planes = self._x.planes if self._sends_x else []
         planes = [*self._kv.planes, *x_planes]
         store = HostStore(planes, a.layers, batch, rows, self.pin, self.segment, self.host_limit)
-        store.check(rows)
+        store.check(rows)  # before the device's memory is taken
         x_rows = rows if isinstance(self.split, str) else min(rows, self.split)
         self._stages = [
             Stage.make(
@@ -220,8 +221,7 @@ class OffloadedCache:
     def _forget(self) -> None:
         if self._store is not None:
             self._store.close()
-        self._store, self._made = None, ()
-        self._stages = []
+        self._store, self._stages = None, []
         self.__dict__.pop("_transfer", None)  # which holds the store
 
     @contextlib.contextmanager
@@ -262,8 +262,9 @@ class OffloadedCache:
                 f"{WHO}: rows must be prompts or one new token of every sequence, got {rows.width} rows, "
                 f"tree_mask {'given' if rows.tree_mask is not None else 'None'}"
             )
-        if max(self._rows) + 1 > self._capacity:
-            raise ValueError(f"{WHO}: rows must be at most {self._capacity} a sequence, got {max(self._rows) + 1}")
+        most = self._stages[0].kv.shape[0]
+        if max(self._rows) + 1 > most:
+            raise ValueError(f"{WHO}: rows must be at most {most} a sequence, got {max(self._rows) + 1}")
 
     def _fetch_ahead(self, layer: int) -> None:
         """Have the copies of this layer under way, and those of the next one behind them, be it of the next step."""
@@ -276,7 +277,7 @@ class OffloadedCache:
         other.free = self._lanes.mark(COMPUTE)  # attention of the layer before has been launched
         if layer + 1 < layers:
             self._fetch(other, self._visit(layer + 1, tokens))
-        elif tokens + 2 <= self._capacity and layers > 1:
+        elif tokens + 2 <= other.kv.shape[0] and layers > 1:
             self._fetch(other, self._visit(0, tokens + 1))
         else:
             other.holds = None

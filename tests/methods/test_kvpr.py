@@ -218,6 +218,7 @@ def test_a_store_is_used_again_and_grows_as_the_text_does(decoder):
     first = model.generate(prompts(), 20, eos=(), cache=cache)
     version, held = cache.version, cache.host_bytes
     assert model.generate(prompts(), 20, eos=(), cache=cache) == first
+    assert model.generate(prompts((5,) * 6), 9, eos=(), cache=cache) == resident(model, prompts((5,) * 6), 9)
     assert (cache.version, cache.host_bytes) == (version, held)
     longer = cache_of(model, "auto")
     stream = model.stream([[1, 2]], 100, eos=(), cache=longer)

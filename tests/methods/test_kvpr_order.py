@@ -17,9 +17,7 @@ from fastops.methods import OffloadedCache, kvpr
 from fastops.methods._kvpr_lanes import COMPUTE, COPY, LANES, STORE, Lanes
 from fastops.models import Decoder, FullAttention, Rows
 
-SIZES = dict(
-    vocab_size=97, hidden_size=64, num_attention_heads=4, max_position_embeddings=160, intermediate_size=96
-)
+SIZES = dict(vocab_size=97, hidden_size=64, num_attention_heads=4, max_position_embeddings=160, intermediate_size=96)
 
 
 class Mark(NamedTuple):
