@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -121,17 +121,20 @@ class Projection:
         if isinstance(self._block(layer).qkv, Dense):
             self._weights(layer)
 
-    def __call__(self, layer: int, x: Sequence[tuple[int, Tensor]], stage: Stage) -> None:
-        """Rows `first` … of the stage's K and V from each (first, x [n, B, H])."""
+    def of(self, layer: int, stage: Stage) -> Callable[[int, Tensor], None]:
+        """What makes rows `first` … of the stage's K and V from x [n, B, H], given (first, x)."""
         block, a = self._block(layer), self._decoder.architecture
         w_k, w_v = self._weights(layer)
         bias = block.qkv.bias
         b_k, b_v = (None, None) if bias is None else bias[self._first :].split(self._width)
         norm = None if block.qk_norm is None else block.qk_norm[a.heads]
         cos, sin = (None, None) if self._decoder.frequencies is None else self._decoder.angle_table
-        for first, rows in x:
-            turn = slice(first, first + rows.shape[0])
+
+        def recompute(first: int, x: Tensor) -> None:
+            turn = slice(first, first + x.shape[0])
             kv_recompute(
-                rows.transpose(0, 1), w_k, w_v, b_k, b_v, None if cos is None else cos[turn],
+                x.transpose(0, 1), w_k, w_v, b_k, b_v, None if cos is None else cos[turn],
                 None if sin is None else sin[turn], stage.k, stage.v, first, k_norm_weight=norm, k_norm_eps=a.eps,
             )  # fmt: skip
+
+        return recompute

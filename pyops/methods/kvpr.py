@@ -316,10 +316,12 @@ class OffloadedCache:
         lanes, visit = self._lanes, stage.holds
         assert visit is not None
         assert visit.layer == layer
-        for i, (first, last) in enumerate(visit.chunks):
-            lanes.wait(COMPUTE, stage.arrived[i])
-            with lanes.on(COMPUTE, f"recompute {layer}", rows=last - first):
-                self._projection(layer, [(first, self._x.decode([p[first:last] for p in stage.x]))], stage)
+        if visit.split:
+            recompute = self._projection.of(layer, stage)
+            for i, (first, last) in enumerate(visit.chunks):
+                lanes.wait(COMPUTE, stage.arrived[i])
+                with lanes.on(COMPUTE, f"recompute {layer}", rows=last - first):
+                    recompute(first, self._x.decode([plane[first:last] for plane in stage.x]))
         lanes.wait(COMPUTE, stage.arrived[-1])
         if self._kv.packed and visit.split < visit.tokens:
             sent = slice(visit.split, visit.tokens)

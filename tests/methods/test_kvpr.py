@@ -12,7 +12,7 @@ import torch
 from fastops.methods import OffloadedCache, _kvpr_store, kvpr
 from fastops.methods._kvpr_profile import Profile
 from fastops.methods.kvpr import HostMemoryError
-from fastops.models import Decoder, FullAttention, OneToken, Rows
+from fastops.models import Decoder, FullAttention, OneToken, Rows, UpfrontCache
 from fastops.testing import devices
 
 PROFILE = Profile({1 << 12: 5e8, 1 << 20: 2e9}, 1e10, 1e10)  # arithmetic enough that a split pays
@@ -142,7 +142,7 @@ def test_what_is_recomputed_is_what_was_stored(decoder, monkeypatch):
     assert {s["rows"] for s in spans if s["name"].startswith("recompute")} == {9}
     assert [s["name"] for s in spans if s["lane"] == "store"][-3:] == ["store 0", "store 1", "store 2"]
     calls = []
-    monkeypatch.setattr(kvpr.Projection, "__call__", lambda *a: calls.append(a))
+    monkeypatch.setattr(kvpr.Projection, "of", lambda *a: calls.append(a))
     model.generate([[1] * 20], 4, eos=(), cache=cache_of(model, "full"))
     assert not calls
 
@@ -165,14 +165,16 @@ def test_x_is_stored_only_where_it_can_help(decoder):
 
 @pytest.mark.parametrize("compress", ["kv", "x", "all"])
 @pytest.mark.parametrize("split", [0, 12, 1000])
-def test_a_compressed_store_is_near(compress, split, decoder):
+@per_device
+def test_a_compressed_store_is_near(compress, split, device, decoder):
     """Logits of the next token from 4-bit rows stay near; those of what is not compressed are exact."""
-    model = decoder("opt")
+    model = decoder("opt", device)
     exact = _next_logits(model, cache_of(model, split))
     got = _next_logits(model, cache_of(model, split, compress=compress))
     distance = float((got - exact).norm() / exact.norm())
     untouched = (compress == "x" and split == 0) or (compress == "kv" and split == 1000)
-    assert distance < 1e-5 if untouched else 1e-4 < distance < 0.1
+    rounding = 1e-5 if device.type == "cpu" else 1e-3
+    assert distance < rounding if untouched else 1e-4 < distance < 0.1
     want = model.generate(prompts(), 8, eos=())
     got = model.generate(prompts(), 8, eos=(), cache=cache_of(model, split, compress=compress))
     assert [len(t) for t in got] == [len(t) for t in want]
@@ -180,7 +182,7 @@ def test_a_compressed_store_is_near(compress, split, decoder):
 
 
 @torch.no_grad()
-def _next_logits(model, cache):
+def _next_logits(model, cache, strict=False):
     """Of a token after prompts."""
     ids = prompts((24, 24, 24))
     cache.start(model.architecture, 3, 30, model.device, model.dtype)
@@ -188,13 +190,24 @@ def _next_logits(model, cache):
     packed = torch.tensor(functools.reduce(operator.iadd, ids, []), device=model.device)
     model.hidden(packed, Rows.packed([0] * 3, [24] * 3, model.device), cache, FullAttention())
     cache.reserve(25)
-    rows = Rows.next(cache.lengths)
-    hidden = model.hidden(torch.tensor([5, 6, 7], device=model.device), rows, cache, FullAttention())
-    return model.head(hidden)
+    token = torch.tensor([5, 6, 7], device=model.device)
+    warm = model.hidden(token, Rows.next(cache.lengths), cache, FullAttention())  # loads kernels
+    cache.reserve(26)
+    if strict:
+        assert all(s.is_pinned() for plane in cache._store._segments for layer in plane for s in layer)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        hidden = model.hidden(token, Rows.next(cache.lengths), cache, FullAttention())
+    finally:
+        if strict:
+            torch.cuda.set_sync_debug_mode("default")
+    return model.head(torch.cat([warm, hidden]))
 
 
-def test_the_timeline_is_a_chrome_trace(decoder, tmp_path):
-    model = decoder("llama")
+@per_device
+def test_the_timeline_is_a_chrome_trace(device, decoder, tmp_path):
+    model = decoder("llama", device)
     cache = cache_of(model, 12, chunk=4 * 64 * 4, timeline=True)
     model.generate([[3] * 20], 5, eos=(), cache=cache)
     cache.timeline.save(tmp_path / "trace.json")
@@ -204,7 +217,7 @@ def test_the_timeline_is_a_chrome_trace(decoder, tmp_path):
         assert spans
         assert all(duration >= 0 for _, duration, _ in spans)
         for (start, duration, _), (following, _, _) in itertools.pairwise(spans):
-            assert start + duration <= following + 1e-3  # a lane does one thing at a time
+            assert start + duration <= following + (1e-3 if device.type == "cpu" else 2.0)  # the device's clock
     names = [name for _, _, name in lanes[1]]
     assert names.count("recompute 0") == 3 * 4  # chunks of four rows, in each of four steps
     assert {"append 2", "layer 2"} <= set(names)
@@ -257,6 +270,21 @@ def cache_of_plan(model, split):
     cache = cache_of(model, split)
     cache.start(model.architecture, 2, 120, model.device, model.dtype)
     return cache.plan(100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, dict(compress="all")], ids=["plain", "packed"])
+def test_a_step_never_waits_for_the_device(options, dtype, decoder):
+    """Nor does it take memory that is not pinned; and its logits are near those of a resident cache."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(GATED, hidden_size=256, num_attention_heads=4, intermediate_size=256)
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval().requires_grad_(False)
+    model = Decoder.from_hf(hf, device="cuda", dtype=dtype, compiled=False)
+    want = _next_logits(model, UpfrontCache())
+    got = _next_logits(model, cache_of(model, 12, chunk=3 * 256 * 2 * 4, **options), strict=True)
+    assert float((got - want).norm() / want.norm()) < (0.1 if options else 2e-2)
 
 
 class TestFaults:
