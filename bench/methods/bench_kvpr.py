@@ -223,6 +223,8 @@ class KvprMethod:
         except Exception as why:  # other libraries' models raise anything; the next case may still run
             outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
         free_memory()
+        if session.device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()  # the next case's pinned blocks have other sizes
         return outcome
 
     def _record(

@@ -254,6 +254,26 @@ def test_a_text_left_early_leaves_nothing_behind(decoder):
     assert model.generate(prompts(), 12, eos=(), cache=cache) == want
 
 
+def test_a_cache_may_ask_for_the_inputs_of_projections(decoder):
+    """Of each layer, before its rows; what the decoder's own product makes of them are those rows."""
+    model, seen = decoder("opt"), []
+
+    class Asking(UpfrontCache):
+        def append_input(self, layer, x, rows):
+            seen.append((layer, x))
+
+        def append(self, layer, k, v, rows):
+            asked, x = seen[-1]
+            assert asked == layer
+            made = model.blocks[layer].qkv(x).unflatten(-1, (3, *k.shape[1:]))
+            assert torch.equal(made[:, 1], k)
+            assert torch.equal(made[:, 2], v)
+            super().append(layer, k, v, rows)
+
+    assert model.generate(prompts(), 5, eos=(), cache=Asking()) == model.generate(prompts(), 5, eos=())
+    assert [layer for layer, _ in seen] == [0, 1, 2] * 5
+
+
 def test_the_plan_is_told(decoder):
     model = decoder("llama")
     cache = cache_of(model, "pipeline")
