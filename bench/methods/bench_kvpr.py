@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastops.cli import smollm2
+from fastops.methods._kvpr_store import release_pinned
 from fastops.methods.kvpr import OffloadedCache, Plan
 from fastops.models import Decoder, FullAttention, Rows, UpfrontCache
 from fastops.models.caches import KVCache
@@ -223,8 +224,8 @@ class KvprMethod:
         except Exception as why:  # other libraries' models raise anything; the next case may still run
             outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
         free_memory()
-        if session.device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
-            torch._C._host_emptyCache()  # the next case's pinned blocks have other sizes
+        if session.device.type == "cuda":
+            release_pinned()  # the next case's blocks have other sizes
         return outcome
 
     def _record(

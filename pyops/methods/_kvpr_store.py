@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,11 +168,15 @@ class HostStore:
 
     def check(self, tokens: int) -> None:
         """Raises HostMemoryError where so many tokens do not fit into host memory beside what is there."""
-        need = self.needed(tokens) - self.needed(self.committed)
-        have, what = (self.limit, "host_limit") if self.limit is not None else available_memory()
+        need = self.needed(tokens)
         if self.limit is not None:
-            need += self.needed(self.committed)
+            have, what = self.limit, "host_limit"
         else:
+            need -= self.needed(self.committed)
+            have, what = available_memory()
+            if need > have - SPARE and self.pin:
+                release_pinned()  # what torch keeps of caches that are gone
+                have, what = available_memory()
             have -= SPARE
         if need > have:
             raise HostMemoryError(
@@ -244,6 +249,13 @@ def _worker(pin: bool) -> ThreadPoolExecutor:
     if not pin:
         return ThreadPoolExecutor(1, "fastops-kvpr")
     return ThreadPoolExecutor(1, "fastops-kvpr", torch.cuda.set_device, (torch.cuda.current_device(),))
+
+
+def release_pinned() -> None:
+    """Give pinned memory that nothing uses back to the system; torch keeps it for later."""
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def empty_host(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:

@@ -94,6 +94,17 @@ class TestStore:
         monkeypatch.setattr(_kvpr_store, "available_memory", lambda: (_kvpr_store.SPARE + 10_000_000, ""))
         store().check(50)
 
+    def test_pinned_memory_that_nothing_uses_is_given_back_first(self, monkeypatch):
+        given_back = []
+        monkeypatch.setattr(_kvpr_store, "release_pinned", lambda: given_back.append(True))
+        monkeypatch.setattr(_kvpr_store, "available_memory", lambda: (1 << 40 if given_back else 0, "the machine"))
+        HostStore(PLANES, 3, 2, 50, pin=True).check(50)
+        assert given_back
+        given_back.clear()
+        with pytest.raises(HostMemoryError):
+            store().check(50)  # plain memory has no such pool
+        assert not given_back
+
     def test_refused_memory_names_what_was_wanted(self, monkeypatch):
         def refuse(*args):
             raise RuntimeError("CUDA error: out of memory\nmore")
