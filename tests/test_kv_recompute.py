@@ -207,6 +207,9 @@ def test_inputs_of_any_strides(backend, device):
     for changed in changes:
         caches = (c.clone() for c in args[K_CACHE : V_CACHE + 1])
         assert error((*changed, *args[3:K_CACHE], *caches, args[START]), kwargs, backend) <= reference.BUDGET
+    args, kwargs = find("step", device)
+    last = torch.cat([args[0]] * 3, dim=1)[:, 1:2]
+    assert error((last, *args[1:]), kwargs, backend) <= reference.BUDGET
     args, kwargs = find("llama_pages", device)
     kwargs = {**kwargs, "block_table": non_contiguous(kwargs["block_table"])}
     args = tuple(torch.cat([t, t], 1)[:, : t.shape[1]] if i in (5, 6) else t for i, t in enumerate(args))

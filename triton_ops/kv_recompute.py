@@ -147,7 +147,7 @@ def _recompute_kernel(
         column_there = head < heads
     n = head * D + d
     m = m0 + tl.arange(0, BLOCK_M)
-    found = m < inner
+    found = (m < inner) & (m >= 0)  # the last tile's may pass 2^31
     hidden *= ALIGN
 
     k_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -161,7 +161,7 @@ def _recompute_kernel(
             v_acc = tl.dot(x, w_v.T, v_acc, input_precision=PRECISION)
     else:
         step = tl.arange(0, BLOCK_K)
-        row = tl.minimum(m, inner - 1).to(tl.int64)
+        row = tl.where(found, m, 0).to(tl.int64)
         column = tl.minimum(n, heads * D - 1).to(tl.int64)  # sums of others are never stored
         x_at = x_ptr + ((outer.to(tl.int64) * x_outer + row * x_row) * ALIGN)[:, None] + step[None, :]
         w_k_at = w_k_ptr + (column * w_k_row * ALIGN)[:, None] + step[None, :]
@@ -274,11 +274,19 @@ def _spare(columns: dict[str, int], half: int, interleaved: bool, tma: bool, ali
 
 
 def _describe(
-    x: Tensor, weights: tuple[Tensor, Tensor], outer: int, columns: dict[str, int], sizes: dict[str, Any]
+    x: Tensor,
+    row: int,
+    outer: int,
+    weights: tuple[Tensor, Tensor],
+    columns: dict[str, int],
+    sizes: dict[str, Any],
 ) -> list[TensorDescriptor]:
-    """x as [outer, inner, H]; weights as [parts, PART, H], or [1, Hkv D, H] where columns are taken as they come."""
+    """x as [outer, inner, H], its rows `row` apart.
+
+    Weights as [parts, PART, H], or [1, Hkv D, H] where columns are taken as they come.
+    """
     m, n, k = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
-    hidden, inner, row = x.shape[2], x.shape[0] * x.shape[1] // outer, x.stride(1)
+    hidden, inner = x.shape[2], x.shape[0] * x.shape[1] // outer
     between = x.stride(0) if outer > 1 else inner * row
     described = [TensorDescriptor(x, [outer, inner, hidden], [between, row, 1], [1, m, k])]
     for w in weights:
@@ -315,7 +323,8 @@ def launch(
         return
     half = 0 if cos is None else cos.shape[1]
     columns = head_columns(dim, half, rope_interleaved, k_norm_weight is not None)
-    outer = 1 if batch == 1 or x.stride(0) == rows * x.stride(1) else batch
+    row = x.stride(0 if rows == 1 else 1)
+    outer = 1 if batch == 1 or x.stride(0) == rows * row else batch
     inner, wide = batch * rows // outer, heads * (columns["HEAD"] or dim)
     align, cache_align = alignment(x, w_k, w_v), alignment(k_cache, v_cache)
     if hidden % align:
@@ -324,15 +333,15 @@ def launch(
     sizes = fit(
         config or config_for(x, dim), inner, wide, columns["HEAD"], x.element_size(), tma=tma,
         spare=_spare(columns, half, rope_interleaved, tma, align),
-        programs=multiprocessors(x.device) // outer,
+        programs=2 * multiprocessors(x.device) // (3 * outer),  # fewer leave too much idle
     )  # fmt: skip
     tiles, strips = outer * triton.cdiv(inner, sizes["BLOCK_M"]), triton.cdiv(wide, sizes["BLOCK_N"])
-    operands = _describe(x, (w_k, w_v), outer, columns, sizes) if tma else (x, w_k, w_v)
+    operands = _describe(x, row, outer, (w_k, w_v), columns, sizes) if tma else (x, w_k, w_v)
     with torch.cuda.device_of(k_cache):
         _recompute_kernel[(tiles * strips,)](
             *operands, b_k, b_v, k_norm_weight, cos if half else None, sin if half else None, k_cache, v_cache,
             block_table, k_norm_eps, start, rows, inner, tiles, strips, hidden // align, heads, pages, capacity,
-            table_row, table_column, x.stride(0) // align, x.stride(1) // align,
+            table_row, table_column, x.stride(0) // align, row // align,
             w_k.stride(0) // align, w_v.stride(0) // align,
             *((cos.stride(0), sin.stride(0)) if cos is not None and sin is not None else (0, 0)),
             *(s // cache_align for c in (k_cache, v_cache) for s in _strides(c, block > 0)),
