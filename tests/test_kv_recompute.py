@@ -214,6 +214,18 @@ def test_inputs_of_any_strides(backend, device):
 
 
 @per_backend
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 70])
+def test_rows_in_any_order(backend, device, rows):
+    """Sequence by sequence, token by token (how an offloaded store has them), and sequences with gaps between."""
+    args, kwargs = call((3, rows, 40, 2, 64), rows + 2, 1, torch.float16, device, rotary=64)
+    x = args[0]
+    apart = torch.cat([x, x, x], dim=1)[:, rows : 2 * rows]
+    for moved in (x, x.transpose(0, 1).contiguous().transpose(0, 1), apart):
+        caches = (c.clone() for c in args[K_CACHE : V_CACHE + 1])
+        assert error((moved, *args[1:K_CACHE], *caches, args[START]), kwargs, backend) <= reference.BUDGET
+
+
+@per_backend
 def test_is_what_transformers_computes(backend, device):
     """An implementation that is not ours: Qwen3's k_norm and rotary embedding after torch's own linear layer."""
     modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")

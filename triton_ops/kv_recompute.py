@@ -43,10 +43,22 @@ STAGE_BYTES = 216 << 10  # of shared memory for tiles under TMA, and
 POINTER_STAGE_BYTES = 144 << 10  # without it: what sm_80 has
 
 _SCALARS = (
-    "start", "rows", "inner", "tiles", "strips", "hidden", "heads", "n_blocks", "capacity", "table_row", "table_column",
-    "x_outer", "x_row", "w_k_row", "w_v_row", "cos_row", "sin_row",
+    "start", "batch", "rows", "inner", "tiles", "strips", "hidden", "heads", "n_blocks", "capacity", "table_row",
+    "table_column", "x_batch", "x_row", "w_k_row", "w_v_row", "cos_row", "sin_row",
     "k_outer", "k_head", "k_row", "v_outer", "v_head", "v_row",
 )  # fmt: skip
+
+
+@triton.jit
+def _sequence_and_row(m, batch, rows, TOKEN_MAJOR: tl.constexpr):
+    """Those of row m of all, which come sequence by sequence or token by token."""
+    if TOKEN_MAJOR:
+        row = m // batch
+        sequence = m - row * batch
+    else:
+        sequence = m // rows
+        row = m - sequence * rows
+    return sequence.to(tl.int64), row
 
 
 @triton.jit
@@ -116,13 +128,14 @@ def _rotated(
 @triton.jit(do_not_specialize=_SCALARS)
 def _recompute_kernel(
     x_ptr, w_k_ptr, w_v_ptr, b_k_ptr, b_v_ptr, norm_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, table_ptr, eps,
-    start, rows, inner, tiles, strips, hidden, heads, n_blocks, capacity, table_row, table_column,
-    x_outer, x_row, w_k_row, w_v_row, cos_row, sin_row, k_outer, k_head, k_row, v_outer, v_head, v_row,
+    start, batch, rows, inner, tiles, strips, hidden, heads, n_blocks, capacity, table_row, table_column,
+    x_batch, x_row, w_k_row, w_v_row, cos_row, sin_row, k_outer, k_head, k_row, v_outer, v_head, v_row,
     D: tl.constexpr, HEAD: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, CACHE_ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PAGE: tl.constexpr, TOKEN_MAJOR: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
+    CACHE_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x is [outer, inner, H], of `tiles` tiles in all.
+    """x is [outer, inner, H], of `tiles` tiles in all; TOKEN_MAJOR: its rows are those of one token, then of the next.
 
     A head is HEAD columns of a tile, parts of PAD columns of which the first PART are the head's; HEAD is 0 where
     columns are taken as they come. Strides and `hidden` are in units of ALIGN, those of the caches of CACHE_ALIGN.
@@ -147,7 +160,7 @@ def _recompute_kernel(
         column_there = head < heads
     n = head * D + d
     m = m0 + tl.arange(0, BLOCK_M)
-    found = m < inner
+    found = (m < inner) & (m >= 0)  # the last tile's may pass 2^31
     hidden *= ALIGN
 
     k_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -161,9 +174,10 @@ def _recompute_kernel(
             v_acc = tl.dot(x, w_v.T, v_acc, input_precision=PRECISION)
     else:
         step = tl.arange(0, BLOCK_K)
-        row = tl.minimum(m, inner - 1).to(tl.int64)
+        sequence, row = _sequence_and_row(m, batch, rows, TOKEN_MAJOR)
+        x_row_at = tl.where(found, sequence * x_batch + row.to(tl.int64) * x_row, 0)
         column = tl.minimum(n, heads * D - 1).to(tl.int64)  # sums of others are never stored
-        x_at = x_ptr + ((outer.to(tl.int64) * x_outer + row * x_row) * ALIGN)[:, None] + step[None, :]
+        x_at = x_ptr + (x_row_at * ALIGN)[:, None] + step[None, :]
         w_k_at = w_k_ptr + (column * w_k_row * ALIGN)[:, None] + step[None, :]
         w_v_at = w_v_ptr + (column * w_v_row * ALIGN)[:, None] + step[None, :]
         for i in range(0, hidden, BLOCK_K):
@@ -177,10 +191,8 @@ def _recompute_kernel(
             w_k_at += BLOCK_K
             w_v_at += BLOCK_K
 
-    m += outer * inner
-    sequence = m // rows
-    row = m - sequence * rows
-    sequence, position = sequence.to(tl.int64), start.to(tl.int64) + row
+    sequence, row = _sequence_and_row(outer * inner + m, batch, rows, TOKEN_MAJOR)
+    position = start.to(tl.int64) + row
     v_to, there = _row_offsets(
         table_ptr, sequence, 0, position, found, n_blocks, capacity, table_row, table_column,
         v_outer, v_head, v_row, PAGE,
@@ -274,11 +286,19 @@ def _spare(columns: dict[str, int], half: int, interleaved: bool, tma: bool, ali
 
 
 def _describe(
-    x: Tensor, weights: tuple[Tensor, Tensor], outer: int, columns: dict[str, int], sizes: dict[str, Any]
+    x: Tensor,
+    row: int,
+    outer: int,
+    weights: tuple[Tensor, Tensor],
+    columns: dict[str, int],
+    sizes: dict[str, Any],
 ) -> list[TensorDescriptor]:
-    """x as [outer, inner, H]; weights as [parts, PART, H], or [1, Hkv D, H] where columns are taken as they come."""
+    """x as [outer, inner, H], its rows `row` apart.
+
+    Weights as [parts, PART, H], or [1, Hkv D, H] where columns are taken as they come.
+    """
     m, n, k = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
-    hidden, inner, row = x.shape[2], x.shape[0] * x.shape[1] // outer, x.stride(1)
+    hidden, inner = x.shape[2], x.shape[0] * x.shape[1] // outer
     between = x.stride(0) if outer > 1 else inner * row
     described = [TensorDescriptor(x, [outer, inner, hidden], [between, row, 1], [1, m, k])]
     for w in weights:
@@ -315,28 +335,32 @@ def launch(
         return
     half = 0 if cos is None else cos.shape[1]
     columns = head_columns(dim, half, rope_interleaved, k_norm_weight is not None)
-    outer = 1 if batch == 1 or x.stride(0) == rows * x.stride(1) else batch
-    inner, wide = batch * rows // outer, heads * (columns["HEAD"] or dim)
     align, cache_align = alignment(x, w_k, w_v), alignment(k_cache, v_cache)
     if hidden % align:
         align = 1
-    tma = hidden > 0 and columns["PAD"] <= 256 and _can_describe(x, w_k, w_v)
+    # A descriptor's rows are one stride apart: of all rows in either order, else of one sequence at a time.
+    plain = batch == 1 or rows == 1 or x.stride(0) == rows * x.stride(1)
+    token_major = not plain and x.stride(1) == batch * x.stride(0)
+    tma = hidden > 0 and columns["PAD"] <= 256 and _can_describe(x, w_k, w_v) and (plain or token_major or rows >= 64)
+    outer = batch if tma and not plain and not token_major else 1
+    inner, wide = batch * rows // outer, heads * (columns["HEAD"] or dim)
     sizes = fit(
         config or config_for(x, dim), inner, wide, columns["HEAD"], x.element_size(), tma=tma,
         spare=_spare(columns, half, rope_interleaved, tma, align),
-        programs=multiprocessors(x.device) // outer,
+        programs=2 * multiprocessors(x.device) // (3 * outer),  # fewer leave too much idle
     )  # fmt: skip
     tiles, strips = outer * triton.cdiv(inner, sizes["BLOCK_M"]), triton.cdiv(wide, sizes["BLOCK_N"])
-    operands = _describe(x, (w_k, w_v), outer, columns, sizes) if tma else (x, w_k, w_v)
+    apart = x.stride(0 if token_major or rows == 1 else 1)
+    operands = _describe(x, apart, outer, (w_k, w_v), columns, sizes) if tma else (x, w_k, w_v)
     with torch.cuda.device_of(k_cache):
         _recompute_kernel[(tiles * strips,)](
             *operands, b_k, b_v, k_norm_weight, cos if half else None, sin if half else None, k_cache, v_cache,
-            block_table, k_norm_eps, start, rows, inner, tiles, strips, hidden // align, heads, pages, capacity,
+            block_table, k_norm_eps, start, batch, rows, inner, tiles, strips, hidden // align, heads, pages, capacity,
             table_row, table_column, x.stride(0) // align, x.stride(1) // align,
             w_k.stride(0) // align, w_v.stride(0) // align,
             *((cos.stride(0), sin.stride(0)) if cos is not None and sin is not None else (0, 0)),
             *(s // cache_align for c in (k_cache, v_cache) for s in _strides(c, block > 0)),
-            D=dim, HALF=half, INTERLEAVED=rope_interleaved, PAGE=block, TMA=tma, ALIGN=align,
+            D=dim, HALF=half, INTERLEAVED=rope_interleaved, PAGE=block, TOKEN_MAJOR=token_major, TMA=tma, ALIGN=align,
             CACHE_ALIGN=cache_align, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **columns, **sizes,
         )  # fmt: skip
 
@@ -348,7 +372,7 @@ def specializations() -> Iterator[_aot.Specialization]:
     cases: list[tuple[dict[str, Any], torch.dtype, int, int, str]] = [  # D, R
         *((config, bf16, 128, r, "tma") for config in _aot.configurations(SPACE, DEFAULT, []) for r in (0, 128)),
         *((DEFAULT, fp16, d, r, "tma bias norm") for d, r in ((64, 64), (80, 32), (128, 64), (96, 96), (256, 256))),
-        (DEFAULT, bf16, 80, 0, "tma bias"), (DEFAULT, bf16, 64, 64, "tma pairs paged"), (DEFAULT, fp16, 96, 24, "tma"),
+        (DEFAULT, bf16, 80, 0, "tma bias"), (DEFAULT, bf16, 64, 64, "tma pairs tokens"), (DEFAULT, fp16, 96, 24, "tma"),
         (DEFAULT, bf16, 128, 0, "bias"), (DEFAULT, fp16, 128, 128, "norm paged"), (DEFAULT, fp16, 300, 300, "norm"),
         (DEFAULT, bf16, 33, 10, "odd pairs"), (DEFAULT, fp16, 77, 14, "odd"),
         *((DEFAULT, fp32, d, r, options) for d, r, options in ((64, 64, "tma"), (128, 128, "norm"), (80, 24, "paged"))),
@@ -378,8 +402,9 @@ def specializations() -> Iterator[_aot.Specialization]:
             types["table_ptr"] = "*i32"
         types |= dict.fromkeys(_SCALARS, "i32") | {"eps": "fp32"}
         constants = columns | {
-            "D": d, "HALF": rotary // 2, "INTERLEAVED": pairs, "PAGE": 16 if "paged" in options else 0, "TMA": tma,
-            "ALIGN": align, "CACHE_ALIGN": align, "PRECISION": "ieee" if dtype == fp32 else "tf32",
+            "D": d, "HALF": rotary // 2, "INTERLEAVED": pairs, "PAGE": 16 if "paged" in options else 0,
+            "TOKEN_MAJOR": "tokens" in options, "TMA": tma, "ALIGN": align, "CACHE_ALIGN": align,
+            "PRECISION": "ieee" if dtype == fp32 else "tf32",
         }  # fmt: skip
         name = "-".join([element, f"D{d}", f"R{rotary}", *options, *(f"{v}" for v in sizes.values())])
         named[name] = _aot.Specialization(name, _recompute_kernel, types, constants, sizes, 90 if tma else 80)

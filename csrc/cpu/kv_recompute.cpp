@@ -24,9 +24,9 @@ using kv::Pages;
 using kv::RowStrides;
 
 constexpr char kOp[] = "kv_recompute";
-constexpr int64_t kBlockRows = 504;    // rows of x laid out at a time, some of which the L2 cache holds
-constexpr int64_t kDepth = 128;        // units that are added up one after the other, at most; see depth_of()
-constexpr int64_t kStripColumns = 64;  // that heads which are smaller share
+constexpr int64_t kBlockRows = 504;  // rows of x laid out at a time, some of which the L2 cache holds
+constexpr int64_t kDepth = 128;      // units that are added up one after the other, at most; see depth_of()
+constexpr int64_t kStripColumns = 64, kMostColumns = 192;
 constexpr double kGrainFlops = 1 << 18;
 
 // K or V: its weights, bias and cache; strides in elements.
@@ -128,15 +128,15 @@ Kernels<T> kernels_for(Isa isa) {
   return scalar::kernels<T>();
 }
 
-// As many heads in a strip as leave the fewest columns of a panel unused, at most kStripColumns columns of them.
+// As many heads in a strip as leave few columns of its panels unused, up to kMostColumns; small heads share a strip.
 int64_t heads_of_strip(int64_t heads, int64_t dim, int64_t width) {
-  int64_t best = 1;
   const auto unused = [&](int64_t n) {
-    const double columns = static_cast<double>(n * dim);
-    return static_cast<double>(ceil_div(n * dim, width) * width) / columns;
+    return static_cast<double>(ceil_div(n * dim, width) * width) / static_cast<double>(n * dim);
   };
-  for (int64_t n = 2; n <= std::min(heads, kStripColumns / dim); ++n) {
-    if (unused(n) <= unused(best)) best = n;
+  int64_t best = 1;
+  for (int64_t n = 2; n <= std::min(heads, kMostColumns / dim); ++n) {
+    const double gain = unused(best) - unused(n);
+    if (gain > 0.02 || (gain >= 0 && n * dim <= kStripColumns)) best = n;
   }
   return best;
 }
