@@ -175,6 +175,7 @@ METHOD_OPS = {
     "bmc": ("bmc",),
     "cadc": ("cadc",),
     "decoder": ("decoder",),
+    "kvpr": ("kv_recompute", "kvpr"),
     "marche": ("marche",),
     "nf4": ("nf4_linear", "nf4_linear_dx", "nf4"),
 }

@@ -13,7 +13,7 @@ import torch
 from fastops import _registry
 from fastops.reference._truth import Cost
 
-from . import bench_kv_append, bench_nf4_gemv, harness, plots, records, report
+from . import bench_kv_append, bench_kv_recompute, bench_nf4_gemv, harness, plots, records, report
 from .bench_nf4_dequant import BENCH, case
 from .floors import Peaks
 from .methods import bench_nf4
@@ -110,6 +110,26 @@ def test_what_is_written_in_place_is_proved_and_compared(bench: harness.Bench, m
     spoilt = dataclasses.replace(bench, chunks=lambda call, output: [((output[0] + 1, output[1]), call)])
     assert not spoilt._prove(call, CPU, outcome)[0]
     assert outcome.failures[0].startswith("cpu: error ")
+
+
+@needs_kernel
+@pytest.mark.parametrize("more", [{}, {"bias": True}, {"rope": True}, {"page_size": 16}], ids=str)
+def test_recomputed_rows_are_proved_and_compared(more: dict[str, Any]) -> None:
+    """Sequence by sequence where there are no pages; the bare product is timed, whatever it is good for."""
+    bench = bench_kv_recompute.BENCH
+    small = bench_kv_recompute.case(3, 16, (40, 2, 32), torch.float32, device="cpu", **more)
+    call = bench.inputs(small, CPU)
+    outcome = harness.Outcome(small)
+    errors, output = bench._prove(call, CPU, outcome)
+    assert set(errors) == {"cpu"}
+    assert not outcome.failures
+    assert len(list(bench.chunks(call, output))) == (1 if "page_size" in more else 3)
+    peers = bench._peers(call, output, outcome)
+    assert set(peers) == {"bare product"} | (set() if "page_size" in more else {"torch"}), outcome.absent
+    product = PEERS["kv_recompute"]["bare product"].prepare(call)()
+    if not more:
+        want = product.unflatten(-1, (2, 2, 32)).permute(2, 0, 3, 1, 4)
+        assert harness.difference(want.unbind(0), [o[:, :, :16] for o in output]) < 1e-5
 
 
 @needs_kernel

@@ -15,6 +15,7 @@ from ._version import __version__
 from .ops.attn_received import attn_received
 from .ops.decode_attn import decode_attn
 from .ops.kv_append import kv_append, kv_compact, kv_scatter
+from .ops.kv_recompute import kv_recompute
 from .ops.merge_state import merge_state
 from .ops.mf_sgd import mf_sgd
 from .ops.nf4_dequant import nf4_dequant
@@ -33,6 +34,7 @@ __all__ = [
     "interop",
     "kv_append",
     "kv_compact",
+    "kv_recompute",
     "kv_scatter",
     "merge_state",
     "mf_sgd",

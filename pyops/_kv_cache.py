@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, check_float_dtype, check_same_device, fail
+from ._checks import check_dtype, check_float_dtype, check_same_device, dtype_name, fail
 
 CONTIGUOUS, PAGED = "[B, Hkv, S_cap, D]", "[n_blocks, block, Hkv, D]"
 
@@ -108,6 +108,40 @@ def check_ints(op: str, name: str, tensor: Tensor, k_cache: Tensor, form: str, s
     check_dtype(op, name, tensor, torch.int32)
     if list(tensor.shape) != list(sizes):
         fail(op, f"{name} must be {form} = {list(sizes)}, got {list(tensor.shape)}")
+
+
+def check_rotary(
+    op: str,
+    k_cache: Tensor,
+    dim: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    positions: Tensor | None = None,
+    rows: int | None = None,
+) -> None:
+    """The angles and what belongs to them: one row for each position, or one for each of `rows` new rows."""
+    if cos is None or sin is None:
+        if cos is not None or sin is not None:
+            fail(op, f"cos and sin must be given together, got only {'sin' if cos is None else 'cos'}")
+        if interleaved:
+            fail(op, "rope_interleaved must be False without cos and sin, got True")
+        if positions is not None:
+            fail(op, f"positions must be None without cos and sin, got {list(positions.shape)}")
+        return
+    check_same_device(op, "cos", cos, "k_cache", k_cache)
+    if cos.dtype not in (torch.float32, k_cache.dtype):
+        wanted = "float32" if k_cache.dtype == torch.float32 else f"float32 or {dtype_name(k_cache.dtype)}"
+        fail(op, f"cos must be {wanted}, got {dtype_name(cos.dtype)}")
+    if cos.dim() != 2 or 2 * cos.shape[1] > dim or (rows is not None and cos.shape[0] != rows):
+        form = "[max_positions, R / 2]" if rows is None else f"[L, R / 2] = [{rows}, R / 2]"
+        fail(op, f"cos must be {form} with R at most D = {dim}, got {list(cos.shape)}")
+    check_same_device(op, "sin", sin, "k_cache", k_cache)
+    check_dtype(op, "sin", sin, cos.dtype)
+    if sin.shape != cos.shape:
+        fail(op, f"sin must have the shape of cos, {list(cos.shape)}, got {list(sin.shape)}")
+    check_last_dim(op, "cos", cos)
+    check_last_dim(op, "sin", sin)
 
 
 def first_of(bad: Tensor) -> tuple[int, ...] | None:

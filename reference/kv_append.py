@@ -36,18 +36,18 @@ def locate(cache: Tensor, block_table: Tensor | None, b: int, position: int) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, minus: float = -1.0) -> Tensor:
-    """The first R elements of x [Hkv, D] turned by cos and sin [R / 2], in x's dtype.
+    """The first R elements of the rows of x [..., D] turned by cos and sin [..., R / 2], in x's dtype.
 
     (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of the R elements, or interleaved the even and
     the odd ones.
     """
-    half, out = cos.shape[0], x.clone()
+    half, out = cos.shape[-1], x.clone()
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     )
-    x1, x2 = x[:, first], x[:, second]
-    out[:, first] = x1 * cos + minus * (x2 * sin)
-    out[:, second] = x2 * cos + x1 * sin
+    x1, x2 = x[..., first], x[..., second]
+    out[..., first] = x1 * cos + minus * (x2 * sin)
+    out[..., second] = x2 * cos + x1 * sin
     return out
 
 
@@ -201,10 +201,14 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Equal bit for bit, the payload of a NaN included."""
+    return got.shape == want.shape and torch.equal(_bits(got), _bits(want))
+
+
 def _mismatch(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> float:
-    """0 where both caches are bit-equal, unwritten rows and the payload of a NaN included, else infinity."""
-    same = all(g.shape == w.shape and torch.equal(_bits(g), _bits(w)) for g, w in zip(got, want, strict=True))
-    return 0.0 if same else float("inf")
+    """0 where both caches are bit-equal, unwritten rows included, else infinity."""
+    return 0.0 if all(same_bits(g, w) for g, w in zip(got, want, strict=True)) else float("inf")
 
 
 def error(

@@ -24,6 +24,8 @@ SPECS = [
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiles_without_spilling(spec, capability):
+    if capability < spec.since:
+        pytest.skip(f"never launched so on sm_{capability}")
     report = _aot.compile_for(capability, spec)
     assert report.stack == 0, f"{report}: spills"
     assert report.shared <= _aot.SHARED_LIMIT[capability], f"{report}: too much shared memory"

@@ -23,13 +23,17 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Specialization:
-    """One compilation of a kernel: pointer and scalar types by argument name, compile-time values, launch options."""
+    """One compilation of a kernel: pointer and scalar types by argument name, compile-time values, launch options.
+
+    `since`: the lowest compute capability that is launched so (tensor descriptors are for sm_90 on).
+    """
 
     name: str
     kernel: Any
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     config: Mapping[str, Any]
+    since: int = 80
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,11 @@ inline Ints check_ints(const char* op, const char* name, const Tensor& t, const 
   return {static_cast<const int32_t*>(t.const_data_ptr()), t.stride(0), sizes.size() > 1 ? t.stride(1) : 0};
 }
 
-// The angles and what belongs to them; pyops/ops/kv_append.py checks the same in the same order.
+// The angles and what belongs to them: one row for each position, or one for each of `rows` new rows.
 inline void check_rotary(const char* op, const Tensor& k_cache, int64_t dim, const std::optional<Tensor>& cos,
-                         const std::optional<Tensor>& sin, bool interleaved, const std::optional<Tensor>& positions) {
+                         const std::optional<Tensor>& sin, bool interleaved,
+                         const std::optional<Tensor>& positions = std::nullopt,
+                         std::optional<int64_t> rows = std::nullopt) {
   if (!cos || !sin) {
     FO_CHECK(!cos && !sin, op, "cos and sin must be given together, got only ", cos ? "cos" : "sin");
     FO_CHECK(!interleaved, op, "rope_interleaved must be False without cos and sin, got True");
@@ -136,8 +138,10 @@ inline void check_rotary(const char* op, const Tensor& k_cache, int64_t dim, con
   FO_CHECK(angles == ScalarType::Float || angles == data, op, "cos must be float32",
            data == ScalarType::Float ? "" : " or ", data == ScalarType::Float ? "" : dtype_name(data), ", got ",
            dtype_name(angles));
-  FO_CHECK(cos->dim() == 2 && 2 * cos->size(1) <= dim, op,
-           "cos must be [max_positions, R / 2] with R at most D = ", dim, ", got ", shape_string(cos->sizes()));
+  const bool fits = cos->dim() == 2 && 2 * cos->size(1) <= dim && (!rows || cos->size(0) == *rows);
+  FO_CHECK(fits, op, "cos must be ",
+           rows ? "[L, R / 2] = [" + std::to_string(*rows) + ", R / 2]" : std::string("[max_positions, R / 2]"),
+           " with R at most D = ", dim, ", got ", shape_string(cos->sizes()));
   check_same_device(op, "sin", *sin, "k_cache", k_cache);
   check_dtype(op, "sin", *sin, angles);
   FO_CHECK(sin->sizes() == cos->sizes(), op, "sin must have the shape of cos, ", shape_string(cos->sizes()), ", got ",
@@ -159,6 +163,13 @@ inline Pages pages(const Tensor& k_cache, const std::optional<Tensor>& block_tab
           k_cache.size(0),
           std::max<int64_t>(k_cache.size(1), 1),
           shape.capacity};
+}
+
+// On a CPU: the page that a row needs exists.
+inline void check_page(const char* op, const Pages& p, int64_t b, int64_t column) {
+  const int64_t page = p.table[b * p.table_row + column * p.table_column];
+  FO_CHECK(page >= 0 && page < p.n_blocks, op, "block_table must hold pages from 0 to n_blocks - 1 = ", p.n_blocks - 1,
+           " where rows are, got ", page, " at [", b, ", ", column, "]");
 }
 
 }  // namespace fastops::kv

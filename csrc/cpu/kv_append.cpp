@@ -20,6 +20,7 @@ namespace fastops::kv_append {
 namespace {
 
 using kv::CacheShape;
+using kv::check_page;
 using kv::Ints;
 using kv::Pages;
 using kv::RowStrides;
@@ -90,12 +91,6 @@ void check_count(const char* op, const char* name, int64_t count, int64_t most, 
 void check_length(const char* op, int64_t length, int64_t rows, int64_t capacity, int64_t b) {
   FO_CHECK(length >= 0 && length + rows <= capacity, op, "lengths must be from 0 to ", capacity - rows, " (capacity ",
            capacity, ", ", rows, " new rows), got ", length, " at [", b, "]");
-}
-
-void check_page(const char* op, const Pages& p, int64_t b, int64_t column) {
-  const int64_t page = p.table[b * p.table_row + column * p.table_column];
-  FO_CHECK(page >= 0 && page < p.n_blocks, op, "block_table must hold pages from 0 to n_blocks - 1 = ", p.n_blocks - 1,
-           " where rows are, got ", page, " at [", b, ", ", column, "]");
 }
 
 // Rotary embedding.

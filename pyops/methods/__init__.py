@@ -2,6 +2,7 @@
 
 from .bmc import GrowingCache, PaddedAttention, register_attention, transformers_cache
 from .cadc import Cadc, compress
+from .kvpr import OffloadedCache
 from .marche import Marche, MarcheConfig
 from .nf4 import (
     Nf4Linear,
@@ -17,6 +18,7 @@ __all__ = [
     "Marche",
     "MarcheConfig",
     "Nf4Linear",
+    "OffloadedCache",
     "PaddedAttention",
     "accelerate_bitsandbytes",
     "bitsandbytes_state_dict",

@@ -3,6 +3,9 @@
 A cache is a part that plugs in. It offers `KVCache`'s methods: `start` once for a text, `reserve` before rows are
 added, then for each layer `append` and `layer`, and `advance` when all layers have them. `version` changes when its
 memory moves, which makes captured CUDA graphs stale.
+
+Two things are optional. A cache with `append_input(layer, x, rows)` is given the input of a layer's projections, x
+[N, H] after its norm, before that layer's `append`. A cache with `capturable = False` is never captured in a graph.
 """
 
 from __future__ import annotations

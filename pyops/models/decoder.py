@@ -241,6 +241,9 @@ class Decoder(nn.Module):
         a, fused, block = self.architecture, self.glue, self.blocks[index]
         assert isinstance(block, Block)
         x, h = fused.add_norm(x, delta, block.input_norm, block.input_bias, a.eps)
+        append_input = getattr(cache, "append_input", None)
+        if append_input is not None:
+            append_input(index, h, rows)
         q, k, v = fused.split_heads(block.qkv(h), *angles, block.qk_norm, a.eps, a.heads, a.kv_heads)
         cache.append(index, k, v, rows)
         attended = attention(index, q, cache.layer(index), rows, a.windows[index])

@@ -142,11 +142,12 @@ def stream(
     _check(decoder, ids, max_new_tokens, chunk, decoding.width)
     if not ids or max_new_tokens == 0:
         return iter([[[] for _ in ids]])
-    on_gpu = decoder.device.type == "cuda"
+    cache = UpfrontCache() if cache is None else cache
+    capturable = decoder.device.type == "cuda" and getattr(cache, "capturable", True)
     text = Text(
-        decoder, UpfrontCache() if cache is None else cache, FullAttention() if attention is None else attention,
+        decoder, cache, FullAttention() if attention is None else attention,
         sampling, sampling.generator(decoder.device), torch.zeros(len(ids), dtype=torch.int64, device=decoder.device),
-        rows=0, graphs=on_gpu if graphs is None else graphs and on_gpu,
+        rows=0, graphs=capturable if graphs is None else graphs and capturable,
     )  # fmt: skip
     return _steps(text, ids, max_new_tokens, decoding, ends, chunk, progress)
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_dtype, check_same_device, dtype_name, fail
+from .._checks import fail
 from .._kv_cache import (
     check_ints,
-    check_last_dim,
+    check_rotary,
     check_rows,
     check_writable_caches,
     first_of,
@@ -34,33 +34,6 @@ COMPACT_SCHEMA = (
 SCATTER_SCHEMA = f"kv_scatter({CACHES}, Tensor k, Tensor v, Tensor index) -> ()"
 
 
-def _check_rotary(
-    k_cache: Tensor, dim: int, cos: Tensor | None, sin: Tensor | None, interleaved: bool, positions: Tensor | None
-) -> None:
-    """The angles and what belongs to them; csrc/common/kv_cache.h checks the same in the same order."""
-    op = "kv_append"
-    if cos is None or sin is None:
-        if cos is not None or sin is not None:
-            fail(op, f"cos and sin must be given together, got only {'sin' if cos is None else 'cos'}")
-        if interleaved:
-            fail(op, "rope_interleaved must be False without cos and sin, got True")
-        if positions is not None:
-            fail(op, f"positions must be None without cos and sin, got {list(positions.shape)}")
-        return
-    check_same_device(op, "cos", cos, "k_cache", k_cache)
-    if cos.dtype not in (torch.float32, k_cache.dtype):
-        wanted = "float32" if k_cache.dtype == torch.float32 else f"float32 or {dtype_name(k_cache.dtype)}"
-        fail(op, f"cos must be {wanted}, got {dtype_name(cos.dtype)}")
-    if cos.dim() != 2 or 2 * cos.shape[1] > dim:
-        fail(op, f"cos must be [max_positions, R / 2] with R at most D = {dim}, got {list(cos.shape)}")
-    check_same_device(op, "sin", sin, "k_cache", k_cache)
-    check_dtype(op, "sin", sin, cos.dtype)
-    if sin.shape != cos.shape:
-        fail(op, f"sin must have the shape of cos, {list(cos.shape)}, got {list(sin.shape)}")
-    check_last_dim(op, "cos", cos)
-    check_last_dim(op, "sin", sin)
-
-
 def _check(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -80,7 +53,7 @@ def _check(
     check_ints("kv_append", "lengths", lengths, k_cache, "[B]", [caches.batch])
     if q_lens is not None:
         check_ints("kv_append", "q_lens", q_lens, k_cache, "[B]", [caches.batch])
-    _check_rotary(k_cache, caches.dim, cos, sin, rope_interleaved, positions)
+    check_rotary("kv_append", k_cache, caches.dim, cos, sin, rope_interleaved, positions)
     if positions is not None:
         check_ints("kv_append", "positions", positions, k_cache, "[B, T]", [caches.batch, new_rows])
 
