@@ -28,6 +28,11 @@ class Costs:
     row_copied: float
     row_padded: float
 
+    def __post_init__(self) -> None:
+        for name in ("growth", "row_copied", "row_padded"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"bmc: {name} must be 0 seconds or more, got {getattr(self, name)}")
+
 
 def overhead(
     costs: Costs, r: int, prompt: int, new: int, width: int = 1, accepted: float = 1.0, limit: int | None = None

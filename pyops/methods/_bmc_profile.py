@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import dtype_name
 from ..ops.kv_append import kv_append
 from ._bmc_model import Costs, smallest_r
 from ._measured import machine, remembered
@@ -71,10 +72,10 @@ def costs_of(shape: Shape, rows: int, width: int = 1) -> Costs:
         rows: that it holds; taken up to the next power of two.
         width: new rows that attend in a step.
     """
-    rows = 1 << max(6, rows - 1).bit_length()
-    sizes = ", ".join(f"{name} {value}" for name, value in shape._asdict().items() if name != "device")
-    key = f"{machine(shape.device)}: {sizes}, rows {rows}, width {width}"
-    return Costs(**remembered("bmc", key, lambda: dataclasses.asdict(measure(shape, rows, width))))
+    rows = 1 << max(6, (rows - 1).bit_length())
+    sizes = {name: value for name, value in shape._asdict().items() if name != "device"}
+    about = dict(machine(shape.device), **{**sizes, "dtype": dtype_name(shape.dtype)}, rows=rows, width=width)
+    return remembered("bmc", about, lambda: measure(shape, rows, width), dataclasses.asdict, lambda f: Costs(**f))
 
 
 def length_aware_r(shape: Shape, rows: int, pace: Pace, width: int = 1, accepted: float = 1.0) -> int:

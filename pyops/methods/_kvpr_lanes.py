@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._measured import write_atomically
 
 COPY, COMPUTE, STORE = "copy", "compute", "store"
 LANES = (COPY, COMPUTE, STORE)
@@ -88,14 +89,6 @@ class Timeline:
             where = {"pid": 0, "tid": LANES.index(span["lane"])}
             events.append({"name": span["name"], "ph": "X", **times, **where, "args": about})
         write_atomically(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """By renaming: who reads finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class Lanes:

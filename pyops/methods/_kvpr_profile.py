@@ -1,22 +1,17 @@
 """What a machine can do for an offloaded cache: copies, recomputation, and both at once; measured once, then on disk.
 
-The file is $FASTOPS_CACHE_DIR/kvpr/<key>.json, else in $XDG_CACHE_HOME/fastops or ~/.cache/fastops; the key holds all
-that the figures depend on. A file that is not sound is measured again.
+The file is _measured.py's, of all that the figures depend on. One that is not sound is measured again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +19,10 @@ from torch import Tensor
 
 from .._checks import dtype_name
 from ..ops.kv_recompute import kv_recompute
-from ._kvpr_lanes import COMPUTE, COPY, Lanes, write_atomically
+from ._kvpr_lanes import COMPUTE, COPY, Lanes
 from ._kvpr_plan import WHO, Rates
 from ._kvpr_store import empty_host
+from ._measured import machine, remembered
 
 VERSION = 1
 SIZES = {"cuda": [1 << n for n in range(16, 27)], "cpu": [1 << n for n in range(16, 23)]}  # bytes of a copy
@@ -66,49 +62,20 @@ class Profile:
         return Rates(copy, self.flops * self.flops_beside, other_bytes / self.memory, self.launch, by_size)
 
 
-def cache_folder() -> Path:
-    """Where profiles are kept."""
-    own = os.environ.get("FASTOPS_CACHE_DIR")
-    if own:
-        return Path(own) / "kvpr"
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fastops" / "kvpr"
-
-
 def profile_of(
     device: torch.device, hidden: int, kv_width: int, dtype: torch.dtype, *, pin: bool, progress: bool = False
 ) -> Profile:
     """The profile on disk, or a new one that is then there. A folder that cannot be written costs no more than time."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()} threads"
-    about: dict[str, Any] = dict(
-        version=VERSION, device=name, torch=torch.__version__, hidden=hidden, kv_width=kv_width,
-        dtype=dtype_name(dtype), pin=pin,
+    about = dict(
+        machine(device), version=VERSION, hidden=hidden, kv_width=kv_width, dtype=dtype_name(dtype), pin=pin
     )  # fmt: skip
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    try:
-        path: Path | None = cache_folder() / f"{key}.json"
-    except RuntimeError:  # no home
-        path = None
-    known = None if path is None else _read(path, about)
-    if known is not None:
-        return known
-    profile = measure(device, hidden, kv_width, dtype, pin=pin, progress=progress)
-    if path is not None:
-        with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps({**about, "profile": asdict(profile)}, indent=2) + "\n")
-    return profile
+    return remembered(
+        "kvpr", about, lambda: measure(device, hidden, kv_width, dtype, pin=pin, progress=progress), asdict, _sound
+    )
 
 
-def _read(path: Path, about: dict[str, Any]) -> Profile | None:
-    """The profile of a sound file about the same things."""
-    try:
-        content = json.loads(path.read_text())
-        if {name: content[name] for name in about} != about:
-            return None
-        fields = content["profile"]
-        return Profile(**{**fields, "by_size": {int(n): float(r) for n, r in fields["by_size"].items()}})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
+def _sound(fields: Any) -> Profile:
+    return Profile(**{**fields, "by_size": {int(n): float(r) for n, r in fields["by_size"].items()}})
 
 
 def measure(

@@ -1,59 +1,72 @@
-"""What was measured once on this machine, remembered in a file of the user's."""
+"""What was measured once on this machine, remembered in files of the user's."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 def folder() -> Path:
-    """Where measurements are kept: FASTOPS_CACHE, else fastops/ in the user's cache."""
-    own = os.environ.get("FASTOPS_CACHE")
+    """Where measurements are kept: FASTOPS_CACHE_DIR, else fastops/ in the user's cache.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
+    own = os.environ.get("FASTOPS_CACHE_DIR")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastops"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fastops"
 
 
-def machine(device: torch.device) -> str:
-    """What measurements of a device hold for: its name, the threads where it is a CPU, and torch."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"cpu of {os.cpu_count()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def machine(device: torch.device) -> dict[str, Any]:
+    """What every measurement of a device holds for: its name, or a CPU's threads, and torch."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"cpu {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__}
 
 
-def remembered(name: str, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The figures under `key` in <folder>/<name>.json; measured, and written there, where they are missing.
+def remembered(
+    kind: str, about: dict[str, Any], measure: Callable[[], T], save: Callable[[T], Any], load: Callable[[Any], T]
+) -> T:
+    """What is in <folder>/<kind>/<hash of about>.json; measured, and written there, where it is not.
 
-    A file that cannot be read, or does not hold figures, counts as missing; one that cannot be written is left.
+    Args:
+        kind: of measurement.
+        about: all that it depends on, as JSON has it.
+        measure: makes it.
+        save, load: to JSON and back; load raises ValueError, TypeError, LookupError or AttributeError where it is not
+            sound, which is then measured again. A folder that cannot be written costs no more than time.
     """
-    path = folder() / f"{name}.json"
-    known = _read(path)
-    if key in known:
-        return known[key]
-    figures = measure()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({**_read(path), key: figures}, file, indent=1)
-        os.replace(file.name, path)  # readers see the old file or the new one, whole
-    return figures
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    return {
-        key: figures
-        for key, figures in known.items()
-        if isinstance(figures, dict) and all(isinstance(f, (int, float)) for f in figures.values())
-    }
+        path: Path | None = folder() / kind / f"{key}.json"
+    except RuntimeError:
+        path = None
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            content = json.loads(path.read_text())
+            if content["about"] == about:
+                return load(content["measured"])
+    value = measure()
+    if path is not None:
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps({"about": about, "measured": save(value)}, indent=2) + "\n")
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """By renaming: who reads finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

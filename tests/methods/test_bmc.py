@@ -1,4 +1,4 @@
-import json
+import dataclasses
 import math
 import threading
 
@@ -22,7 +22,7 @@ COSTS = bmc.Costs(growth=1e-3, row_copied=2e-6, row_padded=1e-6)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Measurements of the tests stay theirs."""
-    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture
@@ -375,33 +375,40 @@ def test_what_is_remembered_survives_bad_files(tmp_path):
 
     def measure():
         made.append(1)
-        return {"a": 1.5}
+        return COSTS
 
     def ask():
-        return _measured.remembered("x", "key", measure)
+        return _measured.remembered("bmc", {"a": 1}, measure, dataclasses.asdict, lambda fields: bmc.Costs(**fields))
 
-    assert [ask(), ask()] == [{"a": 1.5}] * 2
+    assert [ask(), ask()] == [COSTS, COSTS]
     assert len(made) == 1
-    path = tmp_path / "x.json"
-    for text in ("{", "[]", '{"key": 3}', '{"key": {"a": "b"}}', ""):
-        path.write_text(text)
-        assert ask() == {"a": 1.5}
-        assert json.loads(path.read_text())["key"] == {"a": 1.5}
-    path.write_text('{"other": {"b": 2}}')
-    ask()
-    assert set(json.loads(path.read_text())) == {"other", "key"}
+    (path,) = (tmp_path / "bmc").iterdir()
+    good = path.read_text()
+    for bad in (
+        "{",
+        "[]",
+        "null",
+        "",
+        good.replace('"a"', '"b"'),
+        good.replace("0.001", '"x"'),
+        good.replace("0.001", "-1"),
+    ):
+        path.write_text(bad)
+        assert ask() == COSTS
+        assert path.read_text() == good
+    assert len(made) == 8
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert list((tmp_path / "bmc").iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path / "file" / "below"))
-    assert _measured.remembered("x", "key", lambda: {"a": 1.0}) == {"a": 1.0}
+    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert _measured.remembered("x", {}, lambda: 1.0, float, float) == 1.0
 
 
 def test_the_pace_of_steps(monkeypatch):

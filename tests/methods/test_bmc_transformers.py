@@ -22,7 +22,7 @@ per_attention = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def known_costs(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_bmc_profile, "measure", lambda shape, rows, width: bmc.Costs(1e-3, 2e-6, 1e-6))
 
 

@@ -210,19 +210,19 @@ class TestProfile:
         (file,) = (tmp_path / "fastops/kvpr").iterdir()
         content = json.loads(file.read_text())
         if damage == "version":
-            content["version"] += 1
+            content["about"]["version"] += 1
         elif damage == "rate":
-            content["profile"]["flops"] = float("nan")
+            content["measured"]["flops"] = float("nan")
         elif damage == "missing":
-            del content["profile"]["memory"]
+            del content["measured"]["memory"]
         elif damage == "words":
-            content["profile"]["by_size"] = {"many": 3.0}
+            content["measured"]["by_size"] = {"many": 3.0}
         damaged = damage in ("version", "rate", "missing", "words")
         file.write_text(json.dumps(content) if damaged else "[" * 100_000 if damage == "deep" else damage)
         other = Profile({1: 1.0}, 2.0, 3.0)
         monkeypatch.setattr(_kvpr_profile, "measure", lambda *a, **k: other)
         assert profile_of(*self.ARGS, pin=False) == other != first
-        assert json.loads(file.read_text())["profile"]["flops"] == 2.0
+        assert json.loads(file.read_text())["measured"]["flops"] == 2.0
         monkeypatch.undo()
 
     def test_other_things_have_another_file(self, tmp_path):
