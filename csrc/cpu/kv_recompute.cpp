@@ -1,7 +1,7 @@
 // kv_recompute: cache[b, h, start + l] = x[b, l] @ w^T + b for K and V, K normed and rotated on its way; in place.
 // Floor at B 4, L 256, H 2048, Hkv D 512, fp32: 4.3 Gflop, 18 ms at 235 Gflop/s (fp32, 2 threads at 3.67 GHz); 21 MB,
 // 0.7 ms. A decode step (L 1) is bound by the bytes of the weights instead.
-// Rows of x come in blocks that are laid out once, and strips of whole heads share them among the threads: see
+// Rows of x come in blocks that are laid out once, and threads take strips of whole heads for them: see
 // common/cpu_kv_recompute.h. Every value is checked before the first byte is written.
 // Reached: bench/results/cpu/kv_recompute.json. Source: KVPR, arXiv:2411.17089.
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "common/cpu_convert.h"
 #include "common/cpu_scratch.h"
 #include "common/cpu_simd.h"
+#include "common/cpu_team.h"
 #include "common/kv_cache.h"
 #include "common/register.h"
 
@@ -27,7 +28,7 @@ constexpr char kOp[] = "kv_recompute";
 constexpr int64_t kBlockRows = 504;  // rows of x laid out at a time, some of which the L2 cache holds
 constexpr int64_t kDepth = 128;      // units that are added up one after the other, at most; see depth_of()
 constexpr int64_t kStripColumns = 64, kMostColumns = 192;
-constexpr double kGrainFlops = 1 << 18;
+constexpr double kTeamFlops = 1 << 18;  // fewer are not worth waking other threads for
 
 // K or V: its weights, bias and cache; strides in elements.
 struct Side {
@@ -141,45 +142,44 @@ int64_t heads_of_strip(int64_t heads, int64_t dim, int64_t width) {
   return best;
 }
 
-// Calls f(begin, end) over `units`, on several threads where `flops` in all pay for them.
-template <class F>
-void run(int64_t units, double flops, const F& f) {
-  const double grain = kGrainFlops * static_cast<double>(units) / std::max(flops, 1.0);
-  if (grain >= static_cast<double>(units)) return f(int64_t{0}, units);
-  torch::stable::parallel_for(0, units, std::max(int64_t{1}, static_cast<int64_t>(grain)), f);
-}
-
-template <class T>
-void compute(Job& job, int64_t batch) {
-  const Kernels<T> kernels = kernels_for<T>(active_isa);
-  const int64_t units = ceil_div(job.hidden, kernels.per_unit), total = batch * job.rows;
-  job.depth = depth_of(units);
+// `run(units, step)` calls step(unit) for each, on several threads or on one.
+template <class T, class Run>
+void compute(const Job& job, const Kernels<T>& kernels, int64_t total, const Buffer& packed, const Run& run) {
   const int64_t each = heads_of_strip(job.heads, job.dim, kernels.width), strips = ceil_div(job.heads, each);
   const int64_t width = ceil_div(each * job.dim, kernels.width) * kernels.width;
   const RowGroups blocks(total, kBlockRows);
-  const int64_t most = blocks.size + 1;
-  const Buffer packed(ceil_div(most, kernels.tall) * units * kernels.lanes + kernels.lanes);
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t m0 = blocks.start(block), rows = blocks.start(block + 1) - m0;
     const RowGroups groups(rows, kernels.tall);
-    const double elements = static_cast<double>(rows * job.hidden);
-    run(groups.count, 8 * elements, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) kernels.pack_x(job, m0, groups, g, packed.get());
-    });
+    run(groups.count, [&](int64_t g) { kernels.pack_x(job, m0, groups, g, packed.get()); });
     // Few strips are cut along the rows, so that all threads have some.
     const int64_t threads = torch::stable::get_num_threads();
     const RowGroups parts(groups.count, ceil_div(groups.count, ceil_div(4 * threads, 2 * strips)));
-    run(2 * strips * parts.count, 4 * elements * static_cast<double>(job.heads * job.dim),
-        [&](int64_t begin, int64_t end) {
-          const int64_t part_rows = std::min(rows, (parts.size + 1) * kernels.tall);
-          const Buffer scratch(kernels.tile + part_rows * width + kernels.lanes);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t strip = i / parts.count, part = i % parts.count, head = strip % strips * each;
-            const Strip some{strip < strips ? &job.k : &job.v, head, std::min(each, job.heads - head)};
-            kernels.product(job, some, m0, groups, parts.start(part), parts.start(part + 1), packed.get(),
-                            scratch.get());
-          }
-        });
+    run(2 * strips * parts.count, [&](int64_t i) {
+      const int64_t strip = i / parts.count, part = i % parts.count, head = strip % strips * each;
+      const Strip some{strip < strips ? &job.k : &job.v, head, std::min(each, job.heads - head)};
+      const ThreadBuffer scratch(kernels.tile + (parts.size + 1) * kernels.tall * width + kernels.lanes);
+      kernels.product(job, some, m0, groups, parts.start(part), parts.start(part + 1), packed.get(), scratch.get());
+    });
+  }
+}
+
+template <class T>
+void compute(Job& job, int64_t total) {
+  const Kernels<T> kernels = kernels_for<T>(active_isa);
+  const int64_t units = ceil_div(job.hidden, kernels.per_unit);
+  job.depth = depth_of(units);
+  const int64_t most = std::min(total, kBlockRows);
+  const Buffer packed(ceil_div(most, kernels.tall) * units * kernels.lanes + kernels.lanes);
+  const double flops = 4.0 * static_cast<double>(total * job.hidden) * static_cast<double>(job.heads * job.dim);
+  if (flops < kTeamFlops) {
+    compute(job, kernels, total, packed, [](int64_t steps, const auto& step) {
+      for (int64_t i = 0; i < steps; ++i) step(i);
+    });
+  } else {
+    Team::work([&](Team& team) {
+      compute(job, kernels, total, packed, [&](int64_t steps, const auto& step) { team.run(steps, step); });
+    });
   }
 }
 
@@ -258,7 +258,7 @@ void kv_recompute(Tensor x, Tensor w_k, Tensor w_v, std::optional<Tensor> b_k, s
     std::vector<float> weight(norm ? static_cast<size_t>(shape.dim) : 0);
     for (size_t i = 0; i < weight.size(); ++i) weight[i] = to_float(static_cast<const T*>(norm)[i]);
     job.norm = norm ? weight.data() : nullptr;
-    compute<T>(job, shape.batch);
+    compute<T>(job, shape.batch * rows);
   });
 }
 
