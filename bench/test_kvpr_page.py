@@ -50,6 +50,15 @@ def test_a_point_of_the_grid(share: float, tmp_path: Path) -> None:
     assert bench_kvpr.draw_predictions(tmp_path / "plot.png", [record]) == 1
 
 
+def test_the_column_schedule() -> None:
+    case = Case({"model": "tiny", "batch": 2, "context": 24, "batches": 3}, torch.float32, "cpu")
+    outcome = bench_kvpr.BENCH.measure(case, SESSION)
+    assert not outcome.failures
+    (record,) = outcome.records
+    assert record["figures"]["speedup_column"] > 0
+    assert record["figures"]["l_column"] <= 24 + 3 + bench_kvpr.WARM
+
+
 def test_a_wrong_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastops.methods import _kvpr_transfer
 

@@ -17,7 +17,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastops.cli import smollm2
+from fastops.methods import OffloadedWeights
+from fastops.methods._kvpr_column import Batch, prompts_pass, step_pass
 from fastops.methods._kvpr_store import release_pinned
 from fastops.methods.kvpr import OffloadedCache, Plan
 from fastops.models import Decoder, FullAttention, Rows, UpfrontCache
+from fastops.models._sampling import Sampling
 from fastops.models.caches import KVCache
 
 from .. import records
@@ -53,6 +56,7 @@ LOGITS_TOLERANCE = 2e-2  # of a step's logits from those of the resident cache, 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows, on the grid
 SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # round the split that the scheduler chose
 CHUNK = 8 << 20
+BATCHES = 4  # that share a load of a layer's weights in the column schedule
 SMOLLM, TEXTS, PROMPT, SCORED = smollm2.NAME, 8, 256, 96
 
 MODELS = ("OPT-6.7B", "OPT-13B", "OPT-30B", "Llama-2-7B")
@@ -68,6 +72,11 @@ CASES = [
         for model in MODELS
         for context in (512, 1024)
         for share in SHARES
+    ),
+    *(
+        Case({"model": model, "batch": 32, "context": context, "batches": BATCHES}, torch.float16)
+        for model in MODELS
+        for context in (512, 1024)
     ),
     *(
         Case({"model": SMOLLM, "batch": TEXTS, "context": PROMPT, "compress": compress}, torch.float32, "cpu")
@@ -148,6 +157,20 @@ def ours(decoder: Decoder, cache: OffloadedCache, prompt: Tensor, count: int) ->
     return took
 
 
+def column(
+    weights: OffloadedWeights, prompt: Tensor, count: int, split: str, more: int
+) -> tuple[list[Batch], Callable[[], Any]]:
+    """(`count` batches behind their prompts, what makes a step of all of them)."""
+    sampling, ids = Sampling(0.0, None, None, 0), prompt.tolist()
+    share = weights.layer_bytes / count
+    batches = [
+        Batch(ids, OffloadedCache(weights.decoder, split, weights=share), [], None, prompt[:, 0].clone(), 0)
+        for _ in range(count)
+    ]
+    prompts_pass(weights, batches, more, sampling)
+    return batches, lambda: step_pass(weights, batches, sampling)
+
+
 def hf_offloaded(model: Any, prompt: Tensor, count: int) -> float:
     """The same of transformers' DynamicCache(offloading=True)."""
     transformers: Any = library("transformers")
@@ -217,7 +240,8 @@ class KvprMethod:
         """Prove and time one case."""
         outcome = Outcome(case)
         try:
-            kind = self._perplexity if "compress" in case.sizes else self._point if "l" in case.sizes else self._compare
+            kinds = {"compress": self._perplexity, "l": self._point, "batches": self._column}
+            kind = next((kinds[name] for name in case.sizes if name in kinds), self._compare)
             outcome.records.append(kind(case, session, outcome))
         except Absent as why:
             outcome.absent[case.sizes["model"]] = str(why)
@@ -289,6 +313,30 @@ class KvprMethod:
         predicted = 1e3 * plan.seconds
         figures = {"ms_per_layer": ms, "ms_predicted": predicted, "predicted_over_measured": predicted / ms}
         return self._record(case, session, ms, floor, {**figures, "copy_share": floor / ms})
+
+    def _column(self, case: Case, session: Session, outcome: Outcome) -> Record:
+        """Weights in host memory too, several batches a load of them: the column schedule's split against l = 0."""
+        _, decoder = made(case.sizes["model"], session.device, case.dtype)
+        weights = OffloadedWeights(decoder)
+        prompt, count = _prompt(case, decoder), STEPS if session.effort == FULL else 2
+        ms: dict[str, float] = {}
+        for split in ("full", "column"):
+            batches, step = column(weights, prompt, case.sizes["batches"], split, count + WARM)
+            ms[split] = 1e3 * seconds_of(decoder.device, step, count) / decoder.architecture.layers
+            cache = batches[-1].cache
+            plan, link = cache.plan(case.sizes["context"] + WARM + count // 2), max(cache.profile.by_size.values())
+            del batches, step, cache
+        floor = 1e3 * case.sizes["batches"] * plan.copied / link
+        predicted = 1e3 * case.sizes["batches"] * plan.seconds
+        figures = {
+            "ms_column_full": ms["full"],
+            "ms_column": ms["column"],
+            "speedup_column": ms["full"] / ms["column"],
+            "copy_share": floor / ms["column"],
+            "predicted_over_measured": predicted / ms["column"],
+            "l_column": plan.split,
+        }
+        return self._record(case, session, ms["column"], floor, figures)
 
     def _perplexity(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Of tokens that are decoded one after the other over a store that holds all before them."""

@@ -15,6 +15,7 @@ from ..ops.kv_recompute import kv_recompute
 from ..ops.nf4_dequant import nf4_dequant
 from ._kvpr_lanes import Mark
 from ._kvpr_store import Codec
+from ._kvpr_weights import Streamed
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def _planes(codec: Codec, rows: int, batch: int, device: torch.device) -> list[T
 class Projection:
     """W_K and W_V of each layer, with what stands between their products and the cache.
 
-    Dense weights are views of the decoder's on a GPU (copies where oneDNN has them laid out). Those in 4 bits are
-    expanded when they are used.
+    Dense weights are views of the decoder's on a GPU (copies where oneDNN has them laid out), or of what was sent of
+    them for a visit. Those in 4 bits are expanded when they are used.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -111,6 +112,8 @@ class Projection:
             w_k, w_v = whole[self._first :].split(self._width)
             return w_k, w_v
         both = qkv.weight[self._first :]
+        if isinstance(qkv, Streamed):  # another layer's are there next
+            return both[: self._width], both[self._width :]
         if both.device.type == "cpu":
             both = both.clone()  # without W_Q, which the slice would keep alive
         self._dense[layer] = both[: self._width], both[self._width :]
@@ -118,7 +121,8 @@ class Projection:
 
     def prepare(self, layer: int) -> None:
         """Copy the weights now where they would be copied at their first use."""
-        if isinstance(self._block(layer).qkv, Dense):
+        qkv = self._block(layer).qkv
+        if isinstance(qkv, Dense) and not isinstance(qkv, Streamed):
             self._weights(layer)
 
     def of(self, layer: int, stage: Stage) -> Callable[[int, Tensor], None]:

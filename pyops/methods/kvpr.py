@@ -24,15 +24,29 @@ from ..models._linear import Dense, Nf4
 from ..models.caches import Layer, append_rows
 from ._kvpr_device import Projection, Stage, Visit
 from ._kvpr_lanes import COMPUTE, COPY, STORE, Lanes, Mark, Timeline
-from ._kvpr_plan import COMPRESSED, MEBI, WHO, Plan, Rates, Shape, best_plan, chunk_rows, split_point, step_seconds
+from ._kvpr_plan import (
+    COMPRESSED,
+    MEBI,
+    WHO,
+    Plan,
+    Rates,
+    Shape,
+    best_plan,
+    chunk_rows,
+    column_seconds,
+    column_split,
+    split_point,
+    step_seconds,
+)
 from ._kvpr_profile import Profile, profile_of
 from ._kvpr_store import Codec, HostMemoryError, HostStore, available_memory
 from ._kvpr_transfer import Transfer
 
 __all__ = ["HostMemoryError", "OffloadedCache", "Plan", "Profile", "Rates", "Shape", "available_memory", "split_point"]
 
-SCHEDULES = ("auto", "full", "single", "pipeline")
+SCHEDULES = ("auto", "full", "single", "pipeline", "column")
 PLAN_EVERY = 32  # rows after which the split is chosen anew
+COLUMN_CHUNK = 8 * MEBI  # bytes of X in one copy of the column schedule, whose copies wait for nobody
 
 
 class OffloadedCache:
@@ -45,13 +59,15 @@ class OffloadedCache:
     Args:
         decoder: whose projections recompute.
         split: "auto", the fastest by the machine's profile; "full", all K and V are sent; "single", KVPR's one split;
-            "pipeline", X in chunks; or how many rows are recomputed (of those that there are).
+            "pipeline", X in chunks; "column", the one at which batches that share weights (generate_column) keep the
+            link and the GPU equally busy; or how many rows are recomputed (of those that there are).
         chunk: bytes of a chunk of X, of an integer split: one chunk when None. Of "pipeline" and "auto": the best of 2
             to 16 MiB when None.
         compress: what is stored in 4 bits: None, "kv", "x" or "all". Not exact then.
         pin: use pinned memory; on a GPU when None.
         segment: tokens by which the store grows, at least.
         host_limit: bytes of host memory that it may have; what the machine and its control group have when None.
+        weights: bytes of a layer's weights that are sent in each step too, divided by the batches that share them.
         profile: rates of the machine; measured, or read from disk, when None and a schedule needs them.
         timeline: record what is copied and computed when; see `timeline.save(path)`.
         progress: show a bar while profiling.
@@ -73,6 +89,7 @@ class OffloadedCache:
         pin: bool | None = None,
         segment: int = 128,
         host_limit: int | None = None,
+        weights: float = 0.0,
         profile: Profile | None = None,
         timeline: bool = False,
         progress: bool = False,
@@ -89,7 +106,7 @@ class OffloadedCache:
             raise ValueError(f"{WHO}: pin must be False without a CUDA device, got True")
         self.decoder, self.split, self.chunk, self.compress, self.version = decoder, split, chunk, compress, 0
         self.pin = self.device.type == "cuda" if pin is None else pin
-        self.segment, self.host_limit = segment, host_limit
+        self.segment, self.host_limit, self.weights = segment, host_limit, weights
         self._width, packed = a.kv_heads * a.head_dim, COMPRESSED[compress]
         self._kv = Codec(2 * self._width, decoder.dtype, "kv" in packed, parts=2)
         self._x = Codec(a.hidden, decoder.dtype, "x" in packed)
@@ -136,6 +153,12 @@ class OffloadedCache:
 
     def plan(self, tokens: int) -> Plan:
         """What a step over so many rows in host memory does; of an integer split its time is predicted, too."""
+        if self.split == "column":
+            rates = self.rates(tokens)
+            split = column_split(self.shape, rates, tokens, tokens, self.weights)
+            seconds = column_seconds(self.shape, rates, tokens, split, self.weights)
+            rows = min(split, chunk_rows(self.shape, self.chunk or COLUMN_CHUNK))
+            return Plan("column", split, rows, seconds, self.shape.copied(tokens, split) + self.weights)
         if isinstance(self.split, str):
             sizes = (2 * MEBI, 4 * MEBI, 8 * MEBI, 16 * MEBI) if self.chunk is None else (self.chunk,)
             layers = self.decoder.architecture.layers
