@@ -402,8 +402,8 @@ class TestFaults:
 
 
 BAD = {
-    "split": (dict(split=-1), "split must be one of auto, full, single, pipeline, or 0 or more, got -1"),
-    "word": (dict(split="half"), "split must be one of auto, full, single, pipeline, or 0 or more, got 'half'"),
+    "split": (dict(split=-1), "split must be one of auto, full, single, pipeline, column, or 0 or more, got -1"),
+    "word": (dict(split="half"), "split must be one of auto, full, single, pipeline, column, or 0 or more, got 'half'"),
     "compress": (dict(compress=True), "compress must be one of None, 'kv', 'x', 'all', got True"),
     "chunk": (dict(chunk=0), "chunk must be at least 1, got 0"),
     "segment": (dict(segment=0), "segment must be at least 1, got 0"),
