@@ -1,23 +1,22 @@
 """BMC: what a decode step takes by the rows that the cache grows by, beside the model of it and transformers' caches.
 
 Every run continues the same prompts from the same keys and values, which are made once, so that only steps are timed:
-the mean of all of them, growth included. `padded` is the published setting, one attention kernel throughout; the peers
-are timed once a shape and stand beside every setting. GPU: a Llama with random weights and prompts; CPU: SmolLM2-135M
+the mean of all of them, growth included. `padded` is the published setting, one attention kernel throughout. All
+settings, r's and peers of a shape are one race. GPU: a Llama with random weights and prompts; CPU: SmolLM2-135M
 on real text.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastops.cli import smollm2
-from fastops.cli._measure import Clock
 from fastops.methods import bmc
 from fastops.methods._bmc_profile import Shape as CacheShape
 from fastops.models import Decoder, Rows, UpfrontCache
@@ -28,16 +27,15 @@ from fastops.reference._truth import Cost
 
 from .. import records
 from ..harness import Case, Outcome, Session, first_line, make_record
-from ..peers import Absent
+from ..peers import Absent, library
 from ..records import Record
 from ..timing import FULL, Runner, free_memory
 from .bench_decoder import models
 from .bench_nf4 import LLAMA, SMOLLM
 
-SWEEP = (1, 8, 16, 32, 64, 128, 256)
 AUTO, ALL = "auto", "all"  # r from the model; every row at once
-SAME_TOKENS = 16  # that every run must agree in: sums of fp32 in another order decide later ones
-SHORT = 128  # new tokens up to which a run is done three times, and the fastest counts
+SAME_TOKENS = 16  # that every run must agree in: sums in another order decide later ones
+SOME_TOKENS = 0.5  # of these in 16 bits, where random weights make logits that are nearly equal
 
 
 class Shape(NamedTuple):
@@ -53,20 +51,25 @@ SHAPES = {
     "cpu": (Shape(SMOLLM, 8, 1024, 64), Shape(SMOLLM, 8, 64, 1024)),
     "cuda": (Shape(LLAMA, 1, 8000, 192), Shape(LLAMA, 8, 8000, 192)),
 }
-SETTINGS = {  # name: how GrowingCache is made, the r's that are swept
-    "padded": (dict(setting="padded"), SWEEP),
-    "length_aware": (dict(setting="length_aware"), (1, 16, 64, 256)),
-    "virtual": (dict(setting="length_aware", growth="virtual"), (64,)),
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[int | str, ...]]] = {  # how a cache is made, its r's
+    "padded": (dict(setting="padded"), (1, 16, 32, 64, 128, 256, ALL, AUTO)),
+    "length_aware": (dict(setting="length_aware"), (1, 64, ALL, AUTO)),
+    "virtual": (dict(setting="length_aware", growth="virtual"), (AUTO,)),
 }
+PEERS = {"hf_dynamic": "dynamic", "hf_static": "static"}
+
+
+def sweep(setting: str, new: int) -> list[int | str]:
+    """The r's of a setting that a text of `new` tokens can tell apart."""
+    return [r for r in SETTINGS[setting][1] if isinstance(r, str) or r < new]
 
 
 def _cases(kind: str, shape: Shape) -> list[Case]:
-    """The sweep first: the record of r = auto compares with it."""
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
     return [
         Case({**shape._asdict(), "setting": setting, "r": r}, dtype, kind)
-        for setting, (_, sweep) in SETTINGS.items()
-        for r in (*(r for r in sweep if r < shape.new), ALL, AUTO)
+        for setting in SETTINGS
+        for r in sweep(setting, shape.new)
     ]
 
 
@@ -79,14 +82,6 @@ class Prompts(NamedTuple):
     decoder: Decoder
     layers: list[tuple[Tensor, Tensor]]
     tokens: Tensor
-
-
-class Run(NamedTuple):
-    """Milliseconds a step, the tokens, and the cache after the last."""
-
-    ms: float
-    tokens: Tensor
-    cache: Any
 
 
 def prompt_of(shape: Shape, device: torch.device) -> Tensor:
@@ -110,29 +105,93 @@ def prompts(shape: Shape, device: torch.device, dtype: torch.dtype) -> Prompts:
     return Prompts(decoder, layers, torch.tensor(first, device=device)[:, 0])
 
 
-def run(shape: Shape, made: Prompts, new: int, parts: dict[str, Any]) -> Run:
-    """new - 1 steps from the end of the prompts, as generate() makes them."""
-    decoder, cache = made.decoder, parts["cache"]
-    device = decoder.device
-    cache.start(decoder.architecture, shape.batch, shape.context + new, device, decoder.dtype)
-    cache.reserve(shape.context)
-    for i, (k, v) in enumerate(made.layers):
-        kv_append(*cache.layer(i)[:2], k, v, cache.lengths)
-    cache.advance(Rows.packed([0] * shape.batch, [shape.context] * shape.batch, device).after)
-    sampling = Sampling(0.0, None, None, 0)
-    graphs = device.type == "cuda"
-    text = Text(
-        decoder, cache, parts["attention"], sampling, None, made.tokens.clone(), rows=shape.context, graphs=graphs
-    )
-    decoding, tokens = OneToken(), [made.tokens]
-    with torch.no_grad():
+class Ours:
+    """A text that goes on from the prompts, over one of our caches."""
+
+    def __init__(self, shape: Shape, made: Prompts, new: int, parts: dict[str, Any]) -> None:
+        decoder, self.cache = made.decoder, parts["cache"]
+        device = decoder.device
+        self.cache.start(decoder.architecture, shape.batch, shape.context + new, device, decoder.dtype)
+        self.cache.reserve(shape.context)
+        for i, (k, v) in enumerate(made.layers):
+            kv_append(*self.cache.layer(i)[:2], k, v, self.cache.lengths)
+        self.cache.advance(Rows.packed([0] * shape.batch, [shape.context] * shape.batch, device).after)
+        self._text = Text(
+            decoder, self.cache, parts["attention"], Sampling(0.0, None, None, 0), None, made.tokens.clone(),
+            rows=shape.context, graphs=device.type == "cuda",
+        )  # fmt: skip
+        self._decoding = OneToken()
+
+    def step(self) -> Tensor:
+        """The next token of each sequence, as generate() makes it."""
+        self.cache.reserve(self._text.rows + 1)
+        return self._decoding.step(self._text)[:, 0].clone()
+
+
+class Theirs:
+    """The same over one of transformers' caches; on a GPU the static one is compiled."""
+
+    def __init__(self, shape: Shape, made: Prompts, new: int, model: Any, kind: str) -> None:
+        transformers: Any = library("transformers")
+        if kind == "static":
+            self._cache = transformers.StaticCache(config=model.config, max_cache_len=shape.context + new)
+        else:
+            self._cache = transformers.DynamicCache(config=model.config)
+        for i, (k, v) in enumerate(made.layers):
+            self._cache.update(k, v, i)
+        self._tokens = made.tokens
+        compiled = kind == "static" and made.tokens.device.type == "cuda"
+        self._forward = torch.compile(model.forward, mode="reduce-overhead") if compiled else model.forward
+
+    def step(self) -> Tensor:
+        """The next token of each sequence."""
+        logits = self._forward(self._tokens[:, None], past_key_values=self._cache).logits
+        self._tokens = logits[:, -1].argmax(-1).clone()
+        return self._tokens
+
+
+class Times(NamedTuple):
+    """Of a run: milliseconds a step, the first tokens, and of our cache after the last what it says of itself."""
+
+    ms: float
+    tokens: Tensor
+    growths: int = 0
+    spare: int = 0
+    memory: bmc.Memory | None = None
+
+
+@torch.no_grad()
+def race(runs: dict[str, Callable[[], Ours | Theirs]], new: int, device: torch.device, exact: bool) -> dict[str, Times]:
+    """`new` steps of every run, the mean without the first, which loads and captures.
+
+    On a CPU, whose cores others share, the runs take turns step by step, so that what disturbs one disturbs all. On a
+    GPU, whose memory holds one cache of the size, they come one after the other.
+    """
+    done: dict[str, Times] = {}
+    for group in [[*runs]] if device.type == "cpu" else [[name] for name in runs]:
+        texts = {name: runs[name]() for name in group}
+        spent, tokens = dict.fromkeys(group, 0.0), {name: list[Tensor]() for name in group}
         for step in range(new):
-            if step == 1:  # the first one loads kernels and, on a GPU, captures
+            for name, text in texts.items():
                 start = _now(device)
-            cache.reserve(text.rows + 1)
-            tokens.append(decoding.step(text)[:, 0].clone())
-        ms = 1e3 * (_now(device) - start) / max(1, new - 1)
-    return Run(ms, torch.stack(tokens, dim=1), cache)
+                token = text.step()
+                spent[name] += (_now(device) - start) if step else 0.0
+                tokens[name] += [token] if step < SAME_TOKENS else []
+        for name, text in texts.items():
+            ms = 1e3 * spent[name] / max(1, new - 1)
+            done[name] = Times(ms, torch.stack(tokens[name], dim=1))
+            if isinstance(text, Ours):
+                cache = text.cache
+                done[name] = done[name]._replace(growths=cache.growths, spare=cache.spare, memory=cache.memory)
+                del cache
+        del texts, text
+        free_memory()
+    first = next(iter(done.values())).tokens
+    for name, run in done.items():
+        equal = float((run.tokens == first).float().mean())
+        if equal < (1.0 if exact else SOME_TOKENS):
+            raise RuntimeError(f"{name}: only {equal:.0%} of the first tokens are those of {next(iter(done))}")
+    return done
 
 
 def _now(device: torch.device) -> float:
@@ -141,26 +200,23 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@functools.lru_cache(maxsize=2)
-def peers(shape: Shape, device: torch.device, dtype: torch.dtype, new: int) -> tuple[dict[str, float], dict[str, str]]:
-    """({peer: ms a step}, {peer: why it is absent}) of transformers' caches on the same prompts, by their mean too."""
-    model, prompt = models(shape.model, device, dtype)[0], prompt_of(shape, device)
-    times, absent = {}, {}
-    for name, kind in (("hf_dynamic", "dynamic"), ("hf_static", "static")):
-        clock = Clock(lambda: None)
-        try:
-            with torch.inference_mode():
-                model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new + 1, do_sample=False,
-                    streamer=clock, cache_implementation=kind,
-                )  # fmt: skip
-        except Exception as why:  # whatever ails a peer, we go on without it
-            absent[name] = first_line(why)
-            continue
-        steps = clock.steps()
-        times[name] = 1e3 * statistics.fmean(steps[len(steps) // 8 :])  # without those that compile
-        free_memory()
-    return times, absent
+@functools.lru_cache(maxsize=1)
+def raced(shape: Shape, device: torch.device, dtype: torch.dtype, new: int) -> dict[str, Times]:
+    """Every setting, every r and every peer of a shape, in one run: "padded 64", "hf_static", …"""
+    made = prompts(shape, device, dtype)
+    model = models(shape.model, device, dtype)[0]
+    runs: dict[str, Callable[[], Ours | Theirs]] = {}
+    for setting in SETTINGS:
+        for r in sweep(setting, shape.new):
+            rows = shape.new + 1 if r == ALL else r
+            runs[f"{setting} {r}"] = functools.partial(_ours, shape, made, new, rows, SETTINGS[setting][0])
+    for name, kind in PEERS.items():
+        runs[name] = functools.partial(Theirs, shape, made, new, model, kind)
+    return race(runs, new, device, exact=dtype == torch.float32)
+
+
+def _ours(shape: Shape, made: Prompts, new: int, r: int | str, how: dict[str, Any]) -> Ours:
+    return Ours(shape, made, new, bmc.parts(r=r, **how))
 
 
 def step_cost(made: Prompts, shape: Shape, dtype: torch.dtype) -> Cost:
@@ -175,9 +231,6 @@ class BmcMethod:
     """The page: a record for each r, setting and shape."""
 
     op, results = "bmc", "methods/bmc"
-
-    def __init__(self) -> None:
-        self._runs: dict[tuple[Any, ...], Run] = {}
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The cache, and the kernels of attention."""
@@ -212,66 +265,42 @@ class BmcMethod:
         sizes, device = case.sizes, session.device
         shape = Shape(sizes["model"], sizes["batch"], sizes["context"], sizes["new"])
         new = shape.new if session.effort == FULL else 4
-        made = prompts(shape, device, case.dtype)
-        mine = self._run(shape, sizes["setting"], sizes["r"], made, new)
-        costs = bmc.costs_of(_cache_shape(made, shape), shape.context)
-        figures = {"ms_per_token": mine.ms}
-        if sizes["setting"] == "padded":
-            r = bmc.best_r(costs, shape.context, new) if sizes["r"] == AUTO else _rows(sizes["r"], shape)
-            figures["overhead_ms"] = 1e3 * bmc.overhead(costs, min(r, new + 1), shape.context, new) / new
-        times: dict[str, float] = {}
+        runs = raced(shape, device, case.dtype, new)
+        made, setting = prompts(shape, device, case.dtype), sizes["setting"]
+        mine = runs[f"{setting} {sizes['r']}"]
+        figures, times = {"ms_per_token": mine.ms}, dict[str, float]()
+        r_model = mine.spare
+        if setting == "padded":
+            costs = bmc.costs_of(_cache_shape(made, shape), shape.context + shape.new)
+            r_model = bmc.best_r(costs, shape.context, shape.new)
+            r = r_model if sizes["r"] == AUTO else shape.new if sizes["r"] == ALL else sizes["r"]
+            figures["overhead_ms"] = 1e3 * bmc.overhead(costs, r, shape.context, shape.new) / shape.new
         if sizes["r"] == AUTO:
-            times, absent = peers(shape, device, case.dtype, new)
-            outcome.absent.update(absent)
-            r_model = r if sizes["setting"] == "padded" else mine.cache.spare
-            figures |= self._compared(shape, sizes["setting"], mine, r_model, made, new)
+            times = {name: runs[name].ms for name in PEERS}
             figures |= {f"speedup_vs_{name.removeprefix('hf_')}": ms / mine.ms for name, ms in times.items()}
             figures |= {f"ms_per_token_{name}": ms for name, ms in times.items()}
-        memory = mine.cache.memory
-        figures |= {"growths": mine.cache.growths, "cache_mb": memory.capacity / 1e6, "copied_mb": memory.copied / 1e6}
+            figures |= compared(runs, setting, shape, r_model)
+        memory = mine.memory
+        assert memory is not None
+        figures |= {"growths": mine.growths, "cache_mb": memory.capacity / 1e6, "copied_mb": memory.copied / 1e6}
         floor = session.peaks.floor_us(step_cost(made, shape, case.dtype), case.dtype)
         backend, graphed = ("triton", True) if device.type == "cuda" else ("cpu", False)
         us = {name: round(1e3 * ms, 3) for name, ms in times.items()}
         record = make_record(self, case, backend, 1e3 * mine.ms, floor, None, us, graphed, device)
         return {**record, "figures": {name: float(f"{value:.5g}") for name, value in figures.items()}}
 
-    def _run(self, shape: Shape, setting: str, r: int | str, made: Prompts, new: int) -> Run:
-        """Of this session, once; its tokens must be those of all others."""
-        key = (shape, setting, r, new)
-        if key not in self._runs:
-            rows = _rows(r, shape) if r != AUTO else r
-            turns = []
-            for _ in range(3 if new <= SHORT else 1):
-                turns.append(run(shape, made, new, bmc.parts(r=rows, **SETTINGS[setting][0])))
-            self._runs[key] = min(turns, key=lambda turn: turn.ms)
-            first = next(run for other, run in self._runs.items() if (other[0], other[3]) == (shape, new))
-            if not torch.equal(first.tokens[:, :SAME_TOKENS], self._runs[key].tokens[:, :SAME_TOKENS]):
-                raise RuntimeError(f"r = {r}, {setting}: other tokens than with another r")
-            self._runs[key].cache.k, self._runs[key].cache.v = [], []  # its memory is of use to the next
-            free_memory()
-        return self._runs[key]
 
-    def _compared(
-        self, shape: Shape, setting: str, mine: Run, r_model: int, made: Prompts, new: int
-    ) -> dict[str, float]:
-        """r = auto beside the sweep."""
-        sweep = {
-            r: self._run(shape, setting, r, made, new).ms for r in (*SETTINGS[setting][1], ALL) if r == ALL or r < new
-        }
-        best = min(sweep, key=lambda r: sweep[r])
-        figures = {
-            "r_model": r_model,
-            "r_best": _rows(best, shape) if sweep[best] < mine.ms else r_model,
-            "throughput_vs_best": min(min(sweep.values()), mine.ms) / mine.ms,
-            "speedup_vs_full": sweep[ALL] / mine.ms,
-        }
-        if 1 in sweep:
-            figures["speedup_vs_r1"] = sweep[1] / mine.ms
-        return figures
-
-
-def _rows(r: int | str, shape: Shape) -> int:
-    return shape.new + 1 if r == ALL else int(r)
+def compared(runs: dict[str, Times], setting: str, shape: Shape, r_model: int) -> dict[str, float]:
+    """r = auto beside the sweep of its setting."""
+    ms = {r: runs[f"{setting} {r}"].ms for r in sweep(setting, shape.new)}
+    auto = ms.pop(AUTO)
+    if not ms:
+        return {"r_model": r_model}
+    best = min(ms, key=lambda r: ms[r])
+    r_best = r_model if auto < ms[best] else shape.new if best == ALL else int(best)
+    figures = {"r_model": r_model, "r_best": r_best, "throughput_vs_best": min(auto, ms[best]) / auto}
+    figures |= {"speedup_vs_full": ms[ALL] / auto, "speedup_vs_r1": ms[1] / auto}
+    return figures
 
 
 def _cache_shape(made: Prompts, shape: Shape) -> CacheShape:

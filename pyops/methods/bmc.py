@@ -187,7 +187,7 @@ class GrowingCache:
         if isinstance(self.r, int):
             return max(self.r, self.width)  # what a step needs at least
         if self.setting == "padded":
-            costs = costs_of(self._shape, rows, self.width)
+            costs = costs_of(self._shape, self._most, self.width)
             return best_r(costs, rows, max(0, self._most - rows - self.width + 1), self.width, self.accepted)
         return max(self.width, length_aware_r(self._shape, rows, self._pace, self.width, self.accepted))
 
