@@ -82,8 +82,9 @@ def best_r(costs: Costs, prompt: int, new: int, width: int = 1, accepted: float 
         return max(width, _tiled(ideal))
     if ideal >= most:
         return most
-    chunks = {max(1, math.floor(new / ideal)), math.ceil(new / ideal)}
-    choices = {min(most, max(width, _tiled(new / n))) for n in chunks} | {max(width, math.floor(ideal))}
+    near = max(1, round(new / ideal))
+    even = [math.ceil(new / n) + width - 1 for n in range(max(1, near - 2), near + 3)]  # chunks that hold all evenly
+    choices = {min(most, max(width, r)) for n in (*even, math.floor(ideal)) for r in (n, _tiled(n))}
     return min(sorted(choices), key=lambda r: overhead(costs, r, prompt, new, width, accepted))
 
 
