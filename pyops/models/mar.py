@@ -161,7 +161,9 @@ class Mar(nn.Module):
         n = tokens.shape[1]
         buffer = condition[:, None].expand(-1, self.config.buffer, -1)
         x = torch.cat([buffer, self.z_proj(tokens.to(buffer.dtype))], dim=1)
-        return self.z_proj_ln(x + self.encoder_pos_embed_learned[0][self._rows(places[:, :n])])  # type: ignore[no-any-return]
+        # Not by indexing, here and below: its gradient adds in any order, and a training would not repeat.
+        x = x + F.embedding(self._rows(places[:, :n]), self.encoder_pos_embed_learned[0])
+        return self.z_proj_ln(x)  # type: ignore[no-any-return]
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder's output for its input."""
@@ -173,7 +175,7 @@ class Mar(nn.Module):
         """[B, buffer + tokens, width] of the encoder's output [B, buffer + n, width]: the rest are mask tokens."""
         x = self.decoder_embed(encoded)
         masked = self.mask_token.expand(x.shape[0], self.config.buffer + self.config.tokens - x.shape[1], -1)
-        return torch.cat([x, masked], dim=1) + self.decoder_pos_embed_learned[0][self._rows(places)]
+        return torch.cat([x, masked], dim=1) + F.embedding(self._rows(places), self.decoder_pos_embed_learned[0])
 
     def decode(self, x: Tensor) -> Tensor:
         """The decoder's output for its input."""
@@ -183,7 +185,7 @@ class Mar(nn.Module):
 
     def head_input(self, decoded: Tensor, places: Tensor) -> Tensor:
         """The diffusion head's conditions [B, n, width] of decoded tokens [B, n, width] and their places [B, n]."""
-        return decoded + self.diffusion_pos_embed_learned[0][places]
+        return decoded + F.embedding(places, self.diffusion_pos_embed_learned[0])
 
     def predict(self, tokens: Tensor, condition: Tensor, places: Tensor, count: int) -> Tensor:
         """The diffusion head's conditions of the next tokens.
