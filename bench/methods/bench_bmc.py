@@ -26,12 +26,13 @@ from fastops.ops.kv_append import kv_append
 from fastops.reference._truth import Cost
 
 from .. import records
-from ..harness import Case, Outcome, Session, first_line, make_record
-from ..peers import Absent, library
+from ..harness import Case, Outcome, Session, make_record
+from ..peers import library
 from ..records import Record
-from ..timing import FULL, Runner, free_memory
+from ..timing import FULL, free_memory
 from .bench_decoder import models
 from .bench_nf4 import LLAMA, SMOLLM
+from .page import MethodPage, five_digits
 
 AUTO, ALL = "auto", "all"  # r from the model; every row at once
 SAME_TOKENS = 16  # that every run must agree in: sums in another order decide later ones
@@ -227,10 +228,10 @@ def step_cost(made: Prompts, shape: Shape, dtype: torch.dtype) -> Cost:
     return Cost(made.decoder.step_bytes + cached, 4 * rows * a.heads * a.head_dim * a.layers)
 
 
-class BmcMethod:
+class BmcMethod(MethodPage):
     """The page: a record for each r, setting and shape."""
 
-    op, results = "bmc", "methods/bmc"
+    op, cases = "bmc", CASES
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The cache, and the kernels of attention."""
@@ -238,30 +239,8 @@ class BmcMethod:
         kernels = {f for op in ("kv_append", "decode_attn") for f in records.op_sources(op, attention)}
         return (*sorted(kernels), "pyops/methods/bmc.py", "pyops/methods/_bmc_*.py", "pyops/models/generation.py")
 
-    def cases_on(self, device: torch.device) -> list[Case]:
-        """A large model on a GPU, a small one on a CPU."""
-        return [case for case in CASES if case.device == device.type]
-
-    def bytes_of(self, record: Record) -> int | None:
-        """Known only beside the model."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
-    def measure(self, case: Case, session: Session) -> Outcome:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Time one r; the record of r = auto compares it with the others and with the peers."""
-        outcome = Outcome(case)
-        try:
-            outcome.records.append(self._measured(case, session, outcome))
-        except Absent as why:
-            outcome.absent[case.sizes["model"]] = str(why)
-        except Exception as why:  # the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        return outcome
-
-    def _measured(self, case: Case, session: Session, outcome: Outcome) -> Record:
         sizes, device = case.sizes, session.device
         shape = Shape(sizes["model"], sizes["batch"], sizes["context"], sizes["new"])
         new = shape.new if session.effort == FULL else 4
@@ -287,7 +266,7 @@ class BmcMethod:
         backend, graphed = ("triton", True) if device.type == "cuda" else ("cpu", False)
         us = {name: round(1e3 * ms, 3) for name, ms in times.items()}
         record = make_record(self, case, backend, 1e3 * mine.ms, floor, None, us, graphed, device)
-        return {**record, "figures": {name: float(f"{value:.5g}") for name, value in figures.items()}}
+        return {**record, "figures": five_digits(figures)}
 
 
 def compared(runs: dict[str, Times], setting: str, shape: Shape, r_model: int) -> dict[str, float]:

@@ -25,10 +25,11 @@ from fastops.methods.cadc import Factors, MfSettings, TowerSettings
 from fastops.reference._truth import Cost
 
 from .. import bench_mf_sgd, records
-from ..harness import Case, Outcome, Session, first_line, make_record
+from ..harness import Case, Outcome, Session, make_record
 from ..peers import Absent, implicit_bpr, library, torch_compile_mf, torch_mf
 from ..records import Record
 from ..timing import QUICK, Runner, cpu_us, cuda_eager_us
+from .page import MethodPage, five_digits
 
 SEEDS, QUICK_SEEDS = 5, 2
 T_95 = {2: 12.706, 5: 2.776}  # Student's t, two-sided, by seeds
@@ -224,10 +225,10 @@ def cost(arm: Arm) -> Cost:
     return Cost(16 * split.train.n, flops)
 
 
-class CadcMethod:
+class CadcMethod(MethodPage):
     """The page: a record for each arm, and the summary."""
 
-    op, results = "cadc", "methods/cadc"
+    op = "cadc"
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernel of the factorisation, the method and its network."""
@@ -238,36 +239,20 @@ class CadcMethod:
         """The same everywhere."""
         return [Case(sizes, torch.float32, device.type) for sizes in (*(arm.case for arm in ARMS), SUMMARY)]
 
-    def bytes_of(self, record: Record) -> int | None:
-        """Time has little to do with bytes here."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
-    def measure(self, case: Case, session: Session) -> Outcome:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Train and evaluate an arm with every seed."""
-        outcome = Outcome(case)
         seeds = QUICK_SEEDS if session.effort == QUICK else SEEDS
         arm = next((arm for arm in ARMS if arm.case == dict(case.sizes)), HEADLINE["cadc"])
-        try:
-            if "summary" in case.sizes:
-                figures = summary(seeds, session)
-                seconds = min(each["seconds"] for each in run(arm, seeds, session.device.type))
-            else:
-                figures = figures_of(run(arm, seeds, session.device.type))
-                seconds = figures["seconds"]
-            backend = _registry.find("mf_sgd").process_default(session.device)[0]
-            floor = session.peaks.floor_us(cost(arm), case.dtype)
-            record = make_record(self, case, backend, seconds * 1e6, floor, None, {}, False, session.device)
-            shown = {name: float(f"{value:.5g}") for name, value in figures.items()}
-            outcome.records.append({**record, "seeds": seeds, "figures": shown})
-        except Absent as why:
-            outcome.absent[str(case.sizes.get("arm", "summary"))] = str(why)
-        except Exception as why:  # other libraries raise anything; the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        return outcome
+        if "summary" in case.sizes:
+            figures = summary(seeds, session)
+            seconds = min(each["seconds"] for each in run(arm, seeds, session.device.type))
+        else:
+            figures = figures_of(run(arm, seeds, session.device.type))
+            seconds = figures["seconds"]
+        backend = _registry.find("mf_sgd").process_default(session.device)[0]
+        floor = session.peaks.floor_us(cost(arm), case.dtype)
+        record = make_record(self, case, backend, seconds * 1e6, floor, None, {}, False, session.device)
+        return {**record, "seeds": seeds, "figures": five_digits(figures)}
 
 
 BENCH = CadcMethod()

@@ -30,8 +30,9 @@ from .. import records
 from ..harness import Case, Outcome, Session, difference, first_line, make_record
 from ..peers import Absent, library
 from ..records import Record
-from ..timing import FULL, Runner, free_memory
+from ..timing import FULL, free_memory
 from .bench_nf4 import LLAMA, SMOLLM, check, llama
+from .page import MethodPage, five_digits
 
 OURS = "fastops"
 LOGITS_TOLERANCE = 1e-1  # of the last token's logits from transformers', by norm: 32 layers of bf16 add up
@@ -86,10 +87,10 @@ def step_cost(decoder: Decoder, case: Case) -> Cost:
     return Cost(decoder.step_bytes + cached, flops)
 
 
-class DecoderMethod:
+class DecoderMethod(MethodPage):
     """The page: a record for each case."""
 
-    op, results = "decoder", "methods/decoder"
+    op, cases = "decoder", CASES
 
     def __init__(self) -> None:
         self._made: tuple[str, Decoder] | None = None
@@ -101,30 +102,8 @@ class DecoderMethod:
         kernels |= {f for op in ("decode_attn", "prefill_attn") for f in records.op_sources(op, attention)}
         return (*sorted(kernels), "pyops/models/*.py")
 
-    def cases_on(self, device: torch.device) -> list[Case]:
-        """A large model on a GPU, a small one on a CPU."""
-        return [case for case in CASES if case.device == device.type]
-
-    def bytes_of(self, record: Record) -> int | None:
-        """Known only beside the model."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
-    def measure(self, case: Case, session: Session) -> Outcome:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Prove the last token's logits, then time ours and theirs in turns."""
-        outcome = Outcome(case)
-        try:
-            outcome.records.append(self._measured(case, session, outcome))
-        except Absent as why:
-            outcome.absent[case.sizes["model"]] = str(why)
-        except Exception as why:  # other libraries' models raise anything; the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        return outcome
-
-    def _measured(self, case: Case, session: Session, outcome: Outcome) -> Record:
         sizes, device = case.sizes, session.device
         dense, four_bit = models(sizes["model"], device, case.dtype)
         decoder = self._decoder(sizes["model"] + sizes["weights"], dense, WEIGHTS[sizes["weights"]])
@@ -149,7 +128,7 @@ class DecoderMethod:
         peers = {name: round(theirs, 3) for name, theirs in us.items()}
         graphed = device.type == "cuda"
         record = make_record(self, case, backend, ours, floor, None, peers, graphed, device)
-        return {**record, "figures": {name: float(f"{value:.5g}") for name, value in figures.items()}}
+        return {**record, "figures": five_digits(figures)}
 
     def _decoder(self, key: str, dense: Any, kind: str) -> Decoder:
         """The decoder of these weights, made once for all cases that want it; the one before makes room."""

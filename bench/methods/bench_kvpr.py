@@ -38,8 +38,9 @@ from .. import records
 from ..harness import Case, Outcome, Session, difference, first_line, make_record, pick_device
 from ..peers import Absent, library
 from ..records import Record
-from ..timing import FULL, Runner, free_memory
+from ..timing import FULL, free_memory
 from .bench_nf4 import check
+from .page import MethodPage, five_digits
 
 GATED = dict(vocab_size=512, max_position_embeddings=4096)
 OPT = dict(vocab_size=512, max_position_embeddings=4096)
@@ -211,10 +212,10 @@ def made(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Deco
     return model, decoder
 
 
-class KvprMethod:
+class KvprMethod(MethodPage):
     """The page: a record for each case."""
 
-    op, results = "kvpr", "methods/kvpr"
+    op, cases = "kvpr", CASES
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernels of recomputation, attention and the store, and the runtime."""
@@ -223,34 +224,17 @@ class KvprMethod:
         kernels |= set(records.op_sources("decode_attn", attention))
         return (*sorted(kernels), "pyops/methods/kvpr.py", "pyops/methods/_kvpr_*.py", "pyops/models/decoder.py")
 
-    def cases_on(self, device: torch.device) -> list[Case]:
-        """Speed on a GPU, perplexity on a CPU."""
-        return [case for case in CASES if case.device == device.type]
-
-    def bytes_of(self, record: Record) -> int | None:
-        """Not what decides: the link does."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
     @torch.no_grad()
-    def measure(self, case: Case, session: Session) -> Outcome:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Prove and time one case."""
-        outcome = Outcome(case)
+        kinds = {"compress": self._perplexity, "l": self._point, "batches": self._column}
+        kind = next((kinds[name] for name in case.sizes if name in kinds), self._compare)
         try:
-            kinds = {"compress": self._perplexity, "l": self._point, "batches": self._column}
-            kind = next((kinds[name] for name in case.sizes if name in kinds), self._compare)
-            outcome.records.append(kind(case, session, outcome))
-        except Absent as why:
-            outcome.absent[case.sizes["model"]] = str(why)
-        except Exception as why:  # other libraries' models raise anything; the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        free_memory()
-        if session.device.type == "cuda":
-            release_pinned()  # the next case's blocks have other sizes
-        return outcome
+            return kind(case, session, outcome)
+        finally:
+            free_memory()
+            if session.device.type == "cuda":
+                release_pinned()  # the next case's blocks have other sizes
 
     def _record(
         self, case: Case, session: Session, ms: float, floor_ms: float, figures: dict[str, float], **peers: float
@@ -258,7 +242,7 @@ class KvprMethod:
         backend = "cuda" if session.device.type == "cuda" else "cpu"
         named = {name: round(1e3 * theirs, 3) for name, theirs in peers.items()}
         record = make_record(self, case, backend, 1e3 * ms, 1e3 * floor_ms, None, named, False, session.device)
-        return {**record, "figures": {name: float(f"{value:.5g}") for name, value in figures.items()}}
+        return {**record, "figures": five_digits(figures)}
 
     def _compare(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Every schedule and the peer; `us` is the pipeline's, its floor the link's for what the pipeline sends."""

@@ -26,11 +26,11 @@ from fastops.models.mar import Predict, random_places, tokens_a_step
 from fastops.reference._truth import Cost
 
 from .. import records
-from ..harness import Case, Outcome, Session, difference, first_line, make_record
-from ..peers import Absent
+from ..harness import Case, Outcome, Session, difference, make_record
 from ..records import Record
 from ..timing import FULL, Runner
 from . import digits
+from .page import MethodPage, five_digits
 
 OURS, UNCACHED = "fastops", "mar"
 MODELS = {"MAR-B": MAR_BASE, "MAR-L": MAR_LARGE, "MAR-H": MAR_HUGE}
@@ -208,10 +208,10 @@ def judged(case: Case, session: Session) -> Timed:
     return Timed({OURS: us, UNCACHED: us_mar}, cost, figures)
 
 
-class MarcheMethod:
+class MarcheMethod(MethodPage):
     """The page: a record for each case."""
 
-    op, results = "marche", "methods/marche"
+    op, cases = "marche", CASES
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The operators' kernels, the method and the model."""
@@ -225,31 +225,9 @@ class MarcheMethod:
         chosen = _registry.find(op)
         return records.op_sources(op, backend if backend == "triton" or chosen._has(backend) else "reference")
 
-    def cases_on(self, device: torch.device) -> list[Case]:
-        """All of a kind of device."""
-        return [case for case in CASES if case.device == device.type]
-
-    def bytes_of(self, record: Record) -> int | None:
-        """Known only beside the model."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
-    def measure(self, case: Case, session: Session) -> Outcome:
-        """Prove and time one case."""
-        outcome = Outcome(case)
-        try:
-            found = (judged if "refresh" in case.sizes else timed)(case, session)
-            outcome.records.append(self._record(case, found, session))
-        except Absent as why:
-            outcome.absent[case.sizes["model"]] = str(why)
-        except Exception as why:  # the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        return outcome
-
-    def _record(self, case: Case, found: Timed, session: Session) -> Record:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
+        """Prove and time one case, or judge its images."""
+        found = (judged if "refresh" in case.sizes else timed)(case, session)
         us = dict(found.us)
         ours = us.pop(OURS)
         record = make_record(
@@ -263,7 +241,7 @@ class MarcheMethod:
             False,
             session.device,
         )
-        return {**record, "figures": {name: float(f"{value:.5g}") for name, value in found.figures.items()}}
+        return {**record, "figures": five_digits(found.figures)}
 
 
 BENCH = MarcheMethod()

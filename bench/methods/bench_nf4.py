@@ -26,10 +26,11 @@ from fastops.reference._truth import Cost
 
 from .. import records
 from ..bench_nf4_gemv import LINEAR
-from ..harness import Case, Outcome, Session, difference, first_line, make_record
+from ..harness import Case, Outcome, Session, difference, make_record
 from ..peers import Absent, library
 from ..records import Record
 from ..timing import FULL, Runner, cuda_graph_us
+from .page import MethodPage, five_digits
 
 OURS, BLOCKSIZE = "fastops", 64
 LLAMA, SMOLLM = "Llama-3-8B", smollm2.NAME
@@ -224,39 +225,20 @@ def quantised(model: nn.Module, name: str) -> Nf4Linear:
     return layer
 
 
-class Nf4Method:
+class Nf4Method(MethodPage):
     """The page: a record for each case."""
 
-    op, results = "nf4", "methods/nf4"
+    op, cases = "nf4", CASES
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernels of the products, the layers, and the Python before the kernels, which eager steps wait for."""
         layers = [f"pyops/methods/{name}.py" for name in ("nf4", "_nf4_linear", "_accelerate")]
         return (*records.op_sources("nf4_gemv", backend), *layers, "pyops/ops/nf4_gemv.py")
 
-    def cases_on(self, device: torch.device) -> list[Case]:
-        """Speed on a GPU, speed and perplexity on a CPU."""
-        return [case for case in CASES if case.device == device.type]
-
-    def bytes_of(self, record: Record) -> int | None:
-        """Known only beside the model."""
-        return None
-
-    def runner(self, case: Case, session: Session) -> Runner:
-        """One whole measurement."""
-        return functools.partial(self.measure, case, session)
-
-    def measure(self, case: Case, session: Session) -> Outcome:
+    def record(self, case: Case, session: Session, outcome: Outcome) -> Record:
         """Prove and time one case."""
         kind = small_model if case.sizes["model"] == SMOLLM else linears_alone if "part" in case.sizes else whole_model
-        outcome = Outcome(case)
-        try:
-            outcome.records.append(self._record(case, kind(case, session), session))
-        except Absent as why:
-            outcome.absent[case.sizes["model"]] = str(why)
-        except Exception as why:  # other libraries' models raise anything; the next case may still run
-            outcome.failures.append(f"{type(why).__name__}: {first_line(why)}")
-        return outcome
+        return self._record(case, kind(case, session), session)
 
     def _record(self, case: Case, timed: Timed, session: Session) -> Record:
         us = dict(timed.us)
@@ -277,7 +259,7 @@ class Nf4Method:
             "part" in case.sizes,
             session.device,
         )
-        return {**record, "figures": {name: float(f"{value:.5g}") for name, value in figures.items()}}
+        return {**record, "figures": five_digits(figures)}
 
 
 BENCH = Nf4Method()
