@@ -183,52 +183,8 @@ struct Kernels {
   void (*finish)(const Output<T>&, const Sums&, int64_t parts, int64_t part_stride);
 };
 
-namespace scalar {
-#define FO_VECTOR simd::Scalar
-#define FO_KERNEL
-#include "common/cpu_attention_kernel.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace scalar
-
-#if defined(FASTOPS_X86)
-namespace avx2 {
-#define FO_VECTOR simd::Avx2
-#define FO_KERNEL FO_TARGET_AVX2
-#include "common/cpu_attention_kernel.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx2
-
-namespace avx512 {
-#define FO_VECTOR simd::Avx512
-#define FO_KERNEL FO_TARGET_AVX512
-#include "common/cpu_attention_kernel.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define FO_VECTOR simd::Avx512Bf16
-#define FO_KERNEL FO_TARGET_AVX512_BF16
-#include "common/cpu_attention_kernel.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512_bf16
-#endif
-
-template <class T>
-Kernels<T> kernels_for(Isa isa) {
-#if defined(FASTOPS_X86)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (isa >= Isa::kAvx512Bf16) return avx512_bf16::kernels<T>();
-  }
-  if (isa >= Isa::kAvx512) return avx512::kernels<T>();
-  if (isa == Isa::kAvx2) return avx2::kernels<T>();
-#endif
-  (void)isa;
-  return scalar::kernels<T>();
-}
+#define FO_KERNELS "common/cpu_attention_kernel.h"
+#include "common/cpu_each_isa.h"
 
 // A tile of rows and a chunk of the keys that they see, for every KV head.
 struct Task {

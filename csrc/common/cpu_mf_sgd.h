@@ -1,5 +1,5 @@
-// The kernels of csrc/cpu/mf_sgd.cpp, in terms of cpu_simd.h. No include guard: the kernel file includes this once for
-// each instruction set, inside a namespace, with
+// The kernels of csrc/cpu/mf_sgd.cpp, in terms of cpu_simd.h. No include guard: common/cpu_each_isa.h includes this
+// once for each instruction set, with
 //   FO_VECTOR  the struct of cpu_simd.h to use
 //   FO_KERNEL  the target attribute of its functions
 
@@ -324,6 +324,9 @@ FO_KERNEL double hogwild(const Params& p, int64_t begin, int64_t end) {
   return total;
 }
 
-constexpr Kernel kKernel{&gradients, &steps, &hogwild};
+template <class T>  // float
+constexpr Kernel kernels() {
+  return {&gradients, &steps, &hogwild};
+}
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The kernels of the products with NF4 weights (csrc/cpu/nf4_gemv.cpp), in terms of cpu_simd.h. No include guard: the
-// kernel file includes this once for each instruction set, inside a namespace, with
+// The kernels of the products with NF4 weights (csrc/cpu/nf4_gemv.cpp), in terms of cpu_simd.h. No include guard:
+// common/cpu_each_isa.h includes this once for each instruction set, with
 //   FO_VECTOR  the struct of cpu_simd.h to use
 //   FO_KERNEL  the target attribute of its functions
 //

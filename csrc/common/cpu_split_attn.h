@@ -1,5 +1,5 @@
-// The kernel of split_attn (csrc/cpu/split_attn.cpp), in terms of cpu_simd.h. No include guard: the kernel file
-// includes this once for each instruction set, inside a namespace, with
+// The kernel of split_attn (csrc/cpu/split_attn.cpp), in terms of cpu_simd.h. No include guard: common/cpu_each_isa.h
+// includes this once for each instruction set, with
 //   FO_VECTOR  the struct of cpu_simd.h to use
 //   FO_KERNEL  the target attribute of its functions
 //
@@ -204,6 +204,11 @@ FO_KERNEL void attend(const Params& p, int64_t task, float* scratch) {
     for (; i + kLanes <= p.d; i += kLanes) V::store_as(to + i, V::mul(V::load(out + r * width + i), all(inverse)));
     for (; i < p.d; ++i) to[i] = static_cast<T>(out[r * width + i] * inverse);
   }
+}
+
+template <class T>
+constexpr Kernel kernels() {
+  return {&attend<T>, kLanes};
 }
 
 }  // namespace

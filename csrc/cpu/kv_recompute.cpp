@@ -82,52 +82,10 @@ struct Kernels {
 
 }  // namespace
 
-namespace scalar {
-#define FO_VECTOR simd::Scalar
-#define FO_KERNEL
-#include "common/cpu_kv_recompute.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace scalar
-
-#if defined(FASTOPS_X86)
-namespace avx2 {
-#define FO_VECTOR simd::Avx2
-#define FO_KERNEL FO_TARGET_AVX2
-#include "common/cpu_kv_recompute.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx2
-
-namespace avx512 {
-#define FO_VECTOR simd::Avx512
-#define FO_KERNEL FO_TARGET_AVX512
-#include "common/cpu_kv_recompute.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define FO_VECTOR simd::Avx512Bf16
-#define FO_KERNEL FO_TARGET_AVX512_BF16
-#include "common/cpu_kv_recompute.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512_bf16
-#endif
+#define FO_KERNELS "common/cpu_kv_recompute.h"
+#include "common/cpu_each_isa.h"
 
 namespace {
-
-template <class T>
-Kernels<T> kernels_for(Isa isa) {
-#if defined(FASTOPS_X86)
-  if (isa >= Isa::kAvx512Bf16 && std::is_same_v<T, BFloat16>) return avx512_bf16::kernels<T>();
-  if (isa >= Isa::kAvx512) return avx512::kernels<T>();
-  if (isa == Isa::kAvx2) return avx2::kernels<T>();
-#endif
-  (void)isa;
-  return scalar::kernels<T>();
-}
 
 // As many heads in a strip as leave few columns of its panels unused, up to kMostColumns; small heads share a strip.
 int64_t heads_of_strip(int64_t heads, int64_t dim, int64_t width) {

@@ -97,43 +97,16 @@ struct Kernel {
 
 }  // namespace
 
-namespace scalar {
-#define FO_VECTOR simd::Scalar
-#define FO_KERNEL
-#include "common/cpu_mf_sgd.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace scalar
-
-#if defined(FASTOPS_X86)
-namespace avx2 {
-#define FO_VECTOR simd::Avx2
-#define FO_KERNEL FO_TARGET_AVX2
-#include "common/cpu_mf_sgd.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx2
-
-namespace avx512 {
-#define FO_VECTOR simd::Avx512
-#define FO_KERNEL FO_TARGET_AVX512
-#include "common/cpu_mf_sgd.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512
-#endif
+#define FO_FLOAT_ONLY
+#define FO_KERNELS "common/cpu_mf_sgd.h"
+#include "common/cpu_each_isa.h"
 
 namespace {
 
 // Half a vector left over costs eight steps of one float: there the narrower vectors are faster.
 Kernel kernel_for(Isa isa, int factors) {
-#if defined(FASTOPS_X86)
   const bool narrow = factors % 16 >= 8 && factors < 64;
-  if (isa >= Isa::kAvx512 && !narrow) return avx512::kKernel;
-  if (isa >= Isa::kAvx2) return avx2::kKernel;
-#endif
-  (void)isa, (void)factors;
-  return scalar::kKernel;
+  return kernels_for<float>(narrow ? std::min(isa, Isa::kAvx2) : isa);
 }
 
 void check_ids(const Params& p) {

@@ -71,52 +71,10 @@ struct Kernels {
 
 }  // namespace
 
-namespace scalar {
-#define FO_VECTOR simd::Scalar
-#define FO_KERNEL
-#include "common/cpu_nf4_product.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace scalar
-
-#if defined(FASTOPS_X86)
-namespace avx2 {
-#define FO_VECTOR simd::Avx2
-#define FO_KERNEL FO_TARGET_AVX2
-#include "common/cpu_nf4_product.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx2
-
-namespace avx512 {
-#define FO_VECTOR simd::Avx512
-#define FO_KERNEL FO_TARGET_AVX512
-#include "common/cpu_nf4_product.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define FO_VECTOR simd::Avx512Bf16
-#define FO_KERNEL FO_TARGET_AVX512_BF16
-#include "common/cpu_nf4_product.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512_bf16
-#endif
+#define FO_KERNELS "common/cpu_nf4_product.h"
+#include "common/cpu_each_isa.h"
 
 namespace {
-
-template <class T>
-Kernels<T> kernels_for(Isa isa, bool bf16_units) {
-#if defined(FASTOPS_X86)
-  if (bf16_units) return avx512_bf16::kernels<T>();
-  if (isa >= Isa::kAvx512) return avx512::kernels<T>();
-  if (isa == Isa::kAvx2) return avx2::kernels<T>();
-#endif
-  (void)isa, (void)bf16_units;
-  return scalar::kernels<T>();
-}
 
 // Items 0 ... count - 1 in parallel, each given scratch of `floats` floats and worth `flops`.
 template <class F>
@@ -210,6 +168,9 @@ std::vector<int64_t> output_shape(const Tensor& x, int64_t last) {
   return shape;
 }
 
+// What multiplies floats.
+Isa float_isa() { return std::min(active_isa.load(), Isa::kAvx512); }
+
 // Multiplies as bf16: only where the table is NF4's, which a constant makes fit.
 bool use_bf16_units(Job& job, ScalarType dtype) {
   if (active_isa < Isa::kAvx512Bf16 || dtype != ScalarType::BFloat16) return false;
@@ -236,7 +197,7 @@ Tensor forward(const char* op, bool one_row, Tensor x, Tensor packed, nf4::Scale
   const bool bf16_units = (few || job.segment) && use_bf16_units(job, x.scalar_type());
   dispatch_float(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T> kernels = kernels_for<T>(active_isa, bf16_units);
+    const Kernels<T> kernels = kernels_for<T>(bf16_units ? Isa::kAvx512Bf16 : float_isa());
     std::vector<float> bias_values(static_cast<size_t>(job.n + 2 * kernels.lanes));
     if (bias) {
       const T* from = static_cast<const T*>(bias->const_data_ptr());
@@ -282,7 +243,7 @@ Tensor nf4_linear_dx(Tensor dy, Tensor packed, Tensor absmax, int64_t in_feature
   job.segment = job.k % 8 == 0 ? 8 : 0;
   dispatch_float(dy.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    many_rows(kernels_for<T>(active_isa, false), job, static_cast<const T*>(dy.const_data_ptr()), true);
+    many_rows(kernels_for<T>(float_isa()), job, static_cast<const T*>(dy.const_data_ptr()), true);
   });
   return out;
 }

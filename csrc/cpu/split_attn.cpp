@@ -81,61 +81,17 @@ struct Walk {
   }
 };
 
-}  // namespace
-
-namespace scalar {
-#define FO_VECTOR simd::Scalar
-#define FO_KERNEL
-#include "common/cpu_split_attn.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace scalar
-
-#if defined(FASTOPS_X86)
-namespace avx2 {
-#define FO_VECTOR simd::Avx2
-#define FO_KERNEL FO_TARGET_AVX2
-#include "common/cpu_split_attn.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx2
-
-namespace avx512 {
-#define FO_VECTOR simd::Avx512
-#define FO_KERNEL FO_TARGET_AVX512
-#include "common/cpu_split_attn.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define FO_VECTOR simd::Avx512Bf16
-#define FO_KERNEL FO_TARGET_AVX512_BF16
-#include "common/cpu_split_attn.h"
-#undef FO_VECTOR
-#undef FO_KERNEL
-}  // namespace avx512_bf16
-#endif
-
-namespace {
-
 struct Kernel {
   void (*run)(const Params&, int64_t task, float* scratch);
   int lanes;
 };
 
-template <class T>
-Kernel kernel_for(Isa isa) {
-#if defined(FASTOPS_X86)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (isa >= Isa::kAvx512Bf16) return {&avx512_bf16::attend<T>, simd::Avx512Bf16::kLanes};
-  }
-  if (isa >= Isa::kAvx512) return {&avx512::attend<T>, simd::Avx512::kLanes};
-  if (isa == Isa::kAvx2) return {&avx2::attend<T>, simd::Avx2::kLanes};
-#endif
-  (void)isa;
-  return {&scalar::attend<T>, simd::Scalar::kLanes};
-}
+}  // namespace
+
+#define FO_KERNELS "common/cpu_split_attn.h"
+#include "common/cpu_each_isa.h"
+
+namespace {
 
 void check_rows(const char* name, const Tensor& t) {
   FO_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, kOp, name,
@@ -203,7 +159,7 @@ std::tuple<Tensor, Tensor> split_attn(Tensor q, Tensor k_active, Tensor v_active
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
     dispatch_float(q.scalar_type(), [&](auto zero) {
-      const Kernel kernel = kernel_for<decltype(zero)>(active_isa);
+      const Kernel kernel = kernels_for<decltype(zero)>(active_isa);
       const double flops = 4.0 * static_cast<double>(std::min(a, kRows) * d) * static_cast<double>(p.active + p.cached);
       const auto grain = static_cast<int64_t>(std::clamp(kGrainFlops / std::max(flops, 1.0), 1.0, 1e9));
       torch::stable::parallel_for(0, b * h * p.tiles, grain, [&](int64_t begin, int64_t end) {
