@@ -15,35 +15,49 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm): RMSNorm, or LayerNorm where there is a bias. Both [N, H]."""
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x + delta, its norm): RMSNorm, with eps [1] fp32, or LayerNorm where there is a bias. Both [N, H].
+
+    functional.rms_norm is eight kernels on a CPU, this is five: what one row waits for is kernels, not elements.
+    """
     if delta is not None:
         x = x + delta
     if bias is not None:
+        assert isinstance(eps, float)
         return x, functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return x, functional.rms_norm(x, x.shape[-1:], weight, eps)
+    assert isinstance(eps, Tensor)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return x, (x * inverse).mul_(weight).to(x.dtype)
 
 
 def split_heads(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, norm: Tensor | None, eps: float, heads: int, kv_heads: int
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: Tensor | None,
+    eps: float | Tensor,
+    heads: int,
+    kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [N, Hq, D], k and v [N, Hkv, D] of qkv [N, (Hq + 2 Hkv) D].
 
-    Heads of q and k are normed (norm [Hq + Hkv, D], Qwen3), then rotated by cos and sin [N, R / 2] fp32: element i
-    of the first half of R with element i of the second.
+    Heads of q and k are normed (norm [Hq + Hkv, D], Qwen3), then rotated by cos and sin [N, 1, R] fp32, as
+    Decoder.angles makes them: element i of the first half of R with element i of the second.
     """
-    qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
-    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    qk, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads + kv_heads, kv_heads), dim=1)
     if norm is not None:
         wide = qk.float()
         qk = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(qk.dtype) * norm
     if cos is not None and sin is not None:
-        half = cos.shape[-1]
-        cos, sin = cos[:, None], sin[:, None]
-        low, high = qk[..., :half].float(), qk[..., half : 2 * half].float()
-        turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(qk.dtype)
-        qk = turned if 2 * half == qk.shape[-1] else torch.cat([turned, qk[..., 2 * half :]], dim=-1)
-    return qk[:, :heads], qk[:, heads:], v
+        rotary = cos.shape[-1]
+        turning = qk[..., :rotary].float()
+        turned = torch.addcmul(turning * cos, turning.roll(rotary // 2, -1), sin).to(qk.dtype)
+        qk = turned if rotary == qk.shape[-1] else torch.cat([turned, qk[..., rotary:]], dim=-1)
+    q, k = qk.split((heads, kv_heads), dim=1)
+    return q, k, v
 
 
 def activate(up: Tensor, gated: bool) -> Tensor:
@@ -51,7 +65,7 @@ def activate(up: Tensor, gated: bool) -> Tensor:
     if not gated:
         return up.relu()
     gate, up = up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return functional.silu(gate).mul_(up)
 
 
 @functools.cache

@@ -121,6 +121,7 @@ class Decoder(nn.Module):
             self.register_buffer(name, value)
         self.compiled = compiled
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._eps: Tensor | None = None
 
     @classmethod
     def from_hf(
@@ -207,12 +208,23 @@ class Decoder(nn.Module):
         x = self.embedding[tokens]
         return x if self.positions is None else x + self.positions[positions + self.architecture.position_offset]
 
+    def eps(self, bias: Tensor | None) -> float | Tensor:
+        """The norms', as add_norm wants it: [1] fp32 for RMSNorm."""
+        if bias is not None:
+            return self.architecture.eps
+        if self._eps is None or self._eps.device != self.device:
+            self._eps = torch.tensor([self.architecture.eps], device=self.device)
+        return self._eps
+
     def angles(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """cos and sin [N, R / 2] fp32 of the rotary embedding at positions [N]."""
+        """cos and sin [N, 1, R] fp32 of the rotary embedding at positions [N], for both halves of what it rotates.
+
+        The first half's sin is negated, as the rotation wants it: x cos + (x with its halves swapped) sin.
+        """
         if self.frequencies is None:
             return None, None
-        cos, sin = self.angle_table
-        return cos[positions], sin[positions]
+        cos, sin = (table[positions][:, None] for table in self.angle_table)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
     @property
     def angle_table(self) -> tuple[Tensor, Tensor]:
@@ -240,19 +252,20 @@ class Decoder(nn.Module):
         """
         a, fused, block = self.architecture, self.glue, self.blocks[index]
         assert isinstance(block, Block)
-        x, h = fused.add_norm(x, delta, block.input_norm, block.input_bias, a.eps)
+        eps = self.eps(block.input_bias)
+        x, h = fused.add_norm(x, delta, block.input_norm, block.input_bias, eps)
         append_input = getattr(cache, "append_input", None)
         if append_input is not None:
             append_input(index, h, rows)
-        q, k, v = fused.split_heads(block.qkv(h), *angles, block.qk_norm, a.eps, a.heads, a.kv_heads)
+        q, k, v = fused.split_heads(block.qkv(h), *angles, block.qk_norm, eps, a.heads, a.kv_heads)
         cache.append(index, k, v, rows)
         attended = attention(index, q, cache.layer(index), rows, a.windows[index])
-        x, h = fused.add_norm(x, block.out(attended.flatten(1)), block.mlp_norm, block.mlp_bias, a.eps)
+        x, h = fused.add_norm(x, block.out(attended.flatten(1)), block.mlp_norm, block.mlp_bias, eps)
         return x, block.down(fused.activate(block.up(h), a.gated))
 
     def normed(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """What the head multiplies, [N, H]."""
-        hidden: Tensor = self.glue.add_norm(x, delta, self.norm, self.norm_bias, self.architecture.eps)[1]
+        hidden: Tensor = self.glue.add_norm(x, delta, self.norm, self.norm_bias, self.eps(self.norm_bias))[1]
         return hidden
 
     @torch.no_grad()
