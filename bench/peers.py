@@ -402,6 +402,8 @@ def cat_sdpa(call: Call) -> Runner:
         k, v = torch.cat([k_active, k_cached], dim=2), torch.cat([v_active, v_cached], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+    return run
+
 
 MF_BATCH = 2048  # pairs a step of the loops below; smaller ones are slower
 
