@@ -153,7 +153,7 @@ class DecoderMethod(MethodPage):
 def timed(runs: dict[str, Callable[[], list[float]]], device: torch.device, outcome: Outcome) -> dict[str, float]:
     """µs a step of each: the median of two turns, there and back, after one that is not counted.
 
-    On a CPU, where a turn takes minutes and others may share the cores, none is left out, and the lower quartile counts.
+    On a CPU, where a turn takes minutes and others may share the cores, the lower quartile, and no turn is left out.
     """
     steps: dict[str, list[float]] = {name: [] for name in runs}
     turns = [(False, [*runs]), (True, [*runs]), (True, [*reversed(runs)])]
