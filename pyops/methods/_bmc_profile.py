@@ -39,12 +39,14 @@ class Shape(NamedTuple):
 class Pace:
     """Seconds of a step, and what one takes longer in which the cache grew, by the host's clock.
 
-    On a GPU the host runs a step ahead at most, so that its steps come as fast as the device's.
+    A step ends where `done` is told, which a host that works itself knows, and else where the next begins: on a GPU the
+    host runs a step ahead at most, so that its steps come as fast as the device's.
     """
 
     def __init__(self) -> None:
         self.extra = 0.0
         self._last: tuple[float, bool] | None = None
+        self._end: float | None = None
         self._steps: deque[float] = deque(maxlen=32)
 
     def tick(self, grows: bool) -> None:
@@ -52,11 +54,16 @@ class Pace:
         now = time.perf_counter()
         if self._last is not None:
             before, grew = self._last
+            took = (now if self._end is None else self._end) - before
             if not grew:
-                self._steps.append(now - before)
+                self._steps.append(took)
             elif self.step is not None:
-                self.extra = now - before - self.step
-        self._last = (now, grows)
+                self.extra = took - self.step
+        self._last, self._end = (now, grows), None
+
+    def done(self) -> None:
+        """The step's work is over: what comes before the next is not its own."""
+        self._end = time.perf_counter()
 
     @property
     def step(self) -> float | None:

@@ -157,6 +157,8 @@ class GrowingCache:
     def advance(self, after: Tensor) -> None:
         """In place, so that captured graphs see it."""
         self.lengths.copy_(after)
+        if after.device.type == "cpu":
+            self._pace.done()
 
     @property
     def memory(self) -> Memory:

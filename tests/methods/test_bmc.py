@@ -421,3 +421,16 @@ def test_the_pace_of_steps(monkeypatch):
         pace.tick(grows)
     assert math.isclose(pace.step, 0.1)
     assert math.isclose(pace.extra, 0.4)
+
+
+def test_the_pace_leaves_out_what_others_do_between_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_bmc_profile.time, "perf_counter", lambda: now[0])
+    pace = _bmc_profile.Pace()
+    for grows in (False, False, True, False):
+        pace.tick(grows)
+        now[0] += 0.5 if grows else 0.1
+        pace.done()
+        now[0] += 3.0  # whoever reads the tokens takes their time
+    assert math.isclose(pace.step, 0.1)
+    assert math.isclose(pace.extra, 0.4)
