@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_kvpr_profile, "SIZES", {"cpu": [1 << 14, 1 << 16]})
     monkeypatch.setattr(_kvpr_profile, "MEMORY_BYTES", {"cpu": 1 << 18})
     monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path))
-    bench_kvpr.made.cache_clear()
+    bench_kvpr._held.clear()
 
 
 def test_a_comparison_of_the_schedules() -> None:

@@ -61,22 +61,14 @@ BATCHES = 4  # that share a load of a layer's weights in the column schedule
 SMOLLM, TEXTS, PROMPT, SCORED = smollm2.NAME, 8, 256, 96
 
 MODELS = ("OPT-6.7B", "OPT-13B", "OPT-30B", "Llama-2-7B")
+KINDS: list[tuple[int, dict[str, Any]]] = [
+    (32, {}), (64, {}), *((32, {"l": share}) for share in SHARES), (32, {"batches": BATCHES}),
+]  # fmt: skip
 CASES = [
-    *(
-        Case({"model": model, "batch": batch, "context": context}, torch.float16)
+    *(  # a model's cases stand together: it is made once, and their pinned blocks are of the same sizes
+        Case({"model": model, "batch": batch, "context": context, **more}, torch.float16)
         for model in MODELS
-        for batch in (32, 64)
-        for context in (512, 1024)
-    ),
-    *(
-        Case({"model": model, "batch": 32, "context": context, "l": share}, torch.float16)
-        for model in MODELS
-        for context in (512, 1024)
-        for share in SHARES
-    ),
-    *(
-        Case({"model": model, "batch": 32, "context": context, "batches": BATCHES}, torch.float16)
-        for model in MODELS
+        for batch, more in KINDS
         for context in (512, 1024)
     ),
     *(
@@ -202,14 +194,22 @@ def prove(decoder: Decoder, tolerance: float = LOGITS_TOLERANCE) -> None:
         check(f"the logits at l = {split}", difference(got, want), tolerance)
 
 
-@functools.lru_cache(maxsize=1)
+_held: dict[tuple[str, torch.device, torch.dtype], tuple[Any, Decoder]] = {}
+
+
 def made(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decoder]:
     """(transformers' model, ours of the same weights), proven; the ones before make room."""
-    free_memory()
-    model = hf_model(name, device, dtype)
-    decoder = Decoder.from_hf(model)
-    prove(decoder)
-    return model, decoder
+    key = name, device, dtype
+    if key not in _held:
+        _held.clear()
+        free_memory()
+        if device.type == "cuda":
+            release_pinned()
+        model = hf_model(name, device, dtype)
+        decoder = Decoder.from_hf(model)
+        prove(decoder)
+        _held[key] = model, decoder
+    return _held[key]
 
 
 class KvprMethod(MethodPage):
@@ -219,9 +219,9 @@ class KvprMethod(MethodPage):
 
     def sources(self, backend: str) -> tuple[str, ...]:
         """The kernels of recomputation, attention and the store, and the runtime."""
-        kernels = {f for op in ("kv_recompute", "kv_append") for f in records.op_sources(op, backend)}
-        attention = "triton" if backend == "cuda" else backend
-        kernels |= set(records.op_sources("decode_attn", attention))
+        triton = "triton" if backend == "cuda" else backend  # what has no CUDA kernel
+        kernels = {f for op in ("kv_recompute", "decode_attn") for f in records.op_sources(op, triton)}
+        kernels |= set(records.op_sources("kv_append", backend))
         return (*sorted(kernels), "pyops/methods/kvpr.py", "pyops/methods/_kvpr_*.py", "pyops/models/decoder.py")
 
     @torch.no_grad()
@@ -233,8 +233,6 @@ class KvprMethod(MethodPage):
             return kind(case, session, outcome)
         finally:
             free_memory()
-            if session.device.type == "cuda":
-                release_pinned()  # the next case's blocks have other sizes
 
     def _record(
         self, case: Case, session: Session, ms: float, floor_ms: float, figures: dict[str, float], **peers: float
@@ -392,11 +390,6 @@ def draw_predictions(path: Path, found: Sequence[Record]) -> int:
 @torch.no_grad()
 def draw_timeline(stem: Path, name: str, batch: int, context: int, device: torch.device) -> Path:
     """Two steps of the pipeline as stem.json (a Chrome trace) and stem.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     decoder = Decoder.from_hf(hf_model(name, device, dtype))
     cache = OffloadedCache(decoder, "pipeline", timeline=True)
@@ -407,7 +400,12 @@ def draw_timeline(stem: Path, name: str, batch: int, context: int, device: torch
             cache.timeline.clear()
         text.step(prompt[:, 0])
     assert cache.timeline is not None
-    cache.timeline.save(stem.with_suffix(".json"))
+    cache.timeline.save(stem.with_suffix(".json"))  # before what a bare machine may lack
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(10, 2.2), layout="constrained")
     colors = {"X": "tab:orange", "KV": "tab:blue", "recompute": "tab:green", "layer": "tab:grey", "store": "tab:red"}
     for span in cache.timeline.spans():

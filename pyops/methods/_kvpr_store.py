@@ -162,7 +162,7 @@ class HostStore:
     def needed(self, tokens: int) -> int:
         """Bytes that it holds with room for so many tokens."""
         return sum(
-            -(-tokens // n) * self.layers * _allocated(n * p.bytes * self.batch, self.pin)
+            -(-tokens // n) * self.layers * allocated(n * p.bytes * self.batch, self.pin)
             for p, n in zip(self.planes, self.segment, strict=True)
         )
 
@@ -263,11 +263,11 @@ def empty_host(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, pin_memory=pin)
 
 
-def _allocated(size: int, pin: bool) -> int:
+def allocated(size: int, pin: bool) -> int:
     """What torch's host allocator takes: a power of two if pinned."""
     return 1 << max(size - 1, 0).bit_length() if pin else size
 
 
 def _segment_tokens(token_bytes: int, least: int, pin: bool) -> int:
     """Tokens that fill the block which `least` of them need."""
-    return _allocated(least * token_bytes, pin) // token_bytes
+    return allocated(least * token_bytes, pin) // token_bytes

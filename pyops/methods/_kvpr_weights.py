@@ -17,7 +17,15 @@ from ..models._linear import Dense
 from ..models.decoder import Block
 from ._kvpr_lanes import COMPUTE, COPY, Lanes, Mark
 from ._kvpr_plan import WHO
-from ._kvpr_store import SPARE, HostMemoryError, available_memory, empty_host, gigabytes
+from ._kvpr_store import (
+    SPARE,
+    HostMemoryError,
+    allocated,
+    available_memory,
+    empty_host,
+    gigabytes,
+    release_pinned,
+)
 
 PRODUCTS = ("qkv", "out", "up", "down")  # of a layer, in the order of their use
 BUFFERS = ("input_norm", "input_bias", "mlp_norm", "mlp_bias", "qk_norm")
@@ -76,6 +84,8 @@ class OffloadedWeights:
         host_limit: int | None = None,
     ) -> None:
         self.device = decoder.device if device is None else torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.pin = self.device.type == "cuda" if pin is None else pin
         blocks = [cast(Block, block) for block in decoder.blocks]
         if not all(isinstance(getattr(block, name), Dense) for block in blocks for name in PRODUCTS):
@@ -83,7 +93,7 @@ class OffloadedWeights:
         self._lanes = Lanes(self.device)
         self._first = decoder.architecture.heads * decoder.architecture.head_dim  # rows of W_Q, which are sent last
         sizes = [sum(getattr(block, name).weights for name in PRODUCTS) for block in blocks]
-        self._room(sum(sizes) * decoder.dtype.itemsize, host_limit)
+        self._room(sum(allocated(size * decoder.dtype.itemsize, self.pin) for size in sizes), host_limit, self.pin)
         self._host = [empty_host((size,), decoder.dtype, self.pin) for size in sizes]
         most = max(sizes, default=0)
         self._staging = [_Staging(torch.empty(most, dtype=decoder.dtype, device=self.device)) for _ in range(2)]
@@ -155,8 +165,11 @@ class OffloadedWeights:
         return whole.eval()
 
     @staticmethod
-    def _room(need: int, limit: int | None) -> None:
+    def _room(need: int, limit: int | None, pin: bool) -> None:
         have, what = (limit, "host_limit") if limit is not None else available_memory()
+        if limit is None and pin and need > have - SPARE:
+            release_pinned()  # what torch keeps of weights and caches that are gone
+            have, what = available_memory()
         have -= 0 if limit is not None else SPARE
         if need > have:
             raise HostMemoryError(
