@@ -406,11 +406,15 @@ def cat_sdpa(call: Call) -> Runner:
 
 
 MF_BATCH = 2048  # pairs a step of the loops below; smaller ones are slower
+MF_PAIRS = 200_000  # of a GPU's case: longer epochs of these loops take seconds a call
+MF_LOOP = "it is a loop of thousands of steps, each with its backward pass"
 
 
 def _mf_loop(call: Call, sparse: bool) -> Runner:
     """Embeddings, binary cross-entropy and SGD as everyone writes them; compiled unless gradients are sparse."""
     user, item, _, _, _, pairs = call.args
+    if user.is_cuda and len(pairs) > MF_PAIRS:
+        raise Absent(f"its epoch of {len(pairs)} pairs takes seconds")
     negatives, items = call.kwargs["negatives"], item.shape[0]
     tables = torch.nn.ModuleList(
         torch.nn.Embedding(len(t), t.reshape(len(t), -1).shape[1], sparse=sparse, device=t.device)
@@ -470,6 +474,8 @@ def torch_merge(call: Call) -> Runner:
         lse = torch.logaddexp(lse_a, lse_b)
         w_a, w_b = ((each - lse).exp()[..., None] for each in (lse_a, lse_b))
         return (o_a * w_a + o_b * w_b).to(o_a.dtype), lse
+
+    return run
 
 
 def torch_mf(call: Call) -> Runner:
@@ -541,8 +547,8 @@ PEERS: dict[str, dict[str, Peer]] = {
     "kv_scatter": {"torch": Peer(torch_scatter)},
     # Each samples its own negatives and takes other steps: what is compared is the work of an epoch.
     "mf_sgd": {
-        "torch": Peer(torch_mf, 0.3),
-        "torch_compile": Peer(torch_compile_mf, 0.3),
+        "torch": Peer(torch_mf, 0.3, MF_LOOP),
+        "torch_compile": Peer(torch_compile_mf, 0.3, MF_LOOP),
         "implicit": Peer(implicit_bpr, math.inf, device="cpu"),
     },
     "nf4_dequant": {

@@ -63,7 +63,7 @@ def _pairs_of(pairs_ptr, place, n, users, items):
     return tl.where(good, user, 0), tl.where(good, item, 0), good
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "size", "n", "users", "items", "examples", "seed", "offset"])
 def _keys_kernel(
     pairs_ptr, item_keys_ptr, user_keys_ptr, first, size, n, users, items, examples, seed, offset, BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -72,15 +72,16 @@ def _keys_kernel(
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     here = i < size
     user, own, good = _pairs_of(pairs_ptr, first + i, n, users, items)
-    stream = offset + first + i
-    block = (stream // BLOCK - (offset + first) // BLOCK) << 32
+    start = tl.full((), 0, tl.int64) + offset + first  # 64 bits: a stream may cross 2^31
+    stream = start + i
+    block = (stream // BLOCK - start // BLOCK) << 32
     for j in range(examples):
         item = tl.where(good, _item_of(stream, own, j, seed, items), NOWHERE)
         tl.store(item_keys_ptr + i * examples + j, block | item, mask=here)
     tl.store(user_keys_ptr + i, block | tl.where(good, user, NOWHERE), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "size", "n", "users", "items", "examples", "seed", "offset"])
 def _gradients_kernel(
     user_ptr, item_ptr, user_bias_ptr, item_bias_ptr, global_bias_ptr, pairs_ptr, gradient_ptr, user_gradient_ptr,
     user_row_ptr, loss_ptr, sum_ptr, first, size, n, users, items, examples, seed, offset, F: tl.constexpr,
@@ -99,7 +100,7 @@ def _gradients_kernel(
     loss = tl.zeros((PAIRS,), tl.float32)
     sum_ = tl.zeros((PAIRS,), tl.float32)
     for j in range(examples):
-        item = _item_of(offset + first + i, own, j, seed, items)
+        item = _item_of(offset + (first + i), own, j, seed, items)
         q = tl.load(item_ptr + item[:, None] * F + f[None, :], mask=inside, other=0.0)
         z = tl.sum(p * q, axis=1) + (bias + tl.load(item_bias_ptr + item, mask=good, other=0.0))
         g, each = _loss_of(z, j == 0)
@@ -167,7 +168,7 @@ def _bias_kernel(global_bias_ptr, keys_ptr, sum_ptr, loss_ptr, total_ptr, size, 
     tl.store(total_ptr, tl.load(total_ptr) + loss)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "users", "items", "examples", "seed", "offset"])
 def _hogwild_kernel(
     user_ptr, item_ptr, user_bias_ptr, item_bias_ptr, global_bias_ptr, pairs_ptr, loss_ptr, n, users, items, examples,
     lr, reg, seed, offset, F: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,

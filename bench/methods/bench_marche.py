@@ -28,7 +28,7 @@ from fastops.reference._truth import Cost
 from .. import records
 from ..harness import Case, Outcome, Session, difference, make_record
 from ..records import Record
-from ..timing import FULL, Runner
+from ..timing import Runner
 from . import digits
 from .page import MethodPage, five_digits
 
@@ -155,8 +155,7 @@ def timed(case: Case, session: Session) -> Timed:
         always = Marche(ours, MarcheConfig(refresh=1), guided=True)
         always.predict(tokens[:, :0], condition, places, n)
         check("refreshed", difference(always.predict(tokens[:, :n], condition, places, 4), want))
-        count = 5 if session.effort == FULL and device.type == "cuda" else 1
-        us = {name: waited_us(part(predict), device, count) for name, predict in variants.items()}
+        us = {name: waited_us(part(predict), device, 1) for name, predict in variants.items()}
         options = dict(steps=steps, cfg=CFG, head_steps=HEAD_STEPS, generator=generator)
         whole = {
             name: waited_us(lambda p=variants[name]: ours.generate(labels, predict=p, **options), device, 1)

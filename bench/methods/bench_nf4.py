@@ -37,7 +37,7 @@ LLAMA, SMOLLM = "Llama-3-8B", smollm2.NAME
 SHAPES = {
     LLAMA: {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
 NEW_TOKENS, QUICK_TOKENS = 24, 4

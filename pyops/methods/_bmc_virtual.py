@@ -88,20 +88,31 @@ class _DeviceRange:
         d, more = self._driver, self._rounded(min(size, self._size)) - self._committed
         if more <= 0:
             return
-        handle = self._call(d.cuMemCreate, more, self._kind, 0)
-        address = self._address + self._committed
-        try:
-            self._call(d.cuMemMap, address, more, 0, handle, 0)
-        except BaseException:
-            self._call(d.cuMemRelease, handle)
-            raise
+        with torch.cuda.device(self._device):  # whose context the driver's calls take
+            try:
+                handle = self._call(d.cuMemCreate, more, self._kind, 0)
+            except MemoryError:
+                torch.cuda.empty_cache()  # torch keeps what it has freed
+                handle = self._call(d.cuMemCreate, more, self._kind, 0)
+            address = self._address + self._committed
+            try:
+                self._call(d.cuMemMap, address, more, 0, handle, 0)
+            except BaseException:
+                self._call(d.cuMemRelease, handle)
+                raise
+            try:
+                access = d.CUmemAccessDesc()
+                access.location = self._kind.location
+                access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+                self._call(d.cuMemSetAccess, address, more, [access], 1)
+                self._call(d.cuMemsetD8Async, address, 0, more, torch.cuda.current_stream(self._device).cuda_stream)
+            except BaseException:
+                torch.cuda.synchronize(self._device)
+                self._call(d.cuMemUnmap, address, more)
+                self._call(d.cuMemRelease, handle)
+                raise
         self._mapped.append((address, more, handle))
         self._committed += more
-        access = d.CUmemAccessDesc()
-        access.location = self._kind.location
-        access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._call(d.cuMemSetAccess, address, more, [access], 1)
-        self._call(d.cuMemsetD8Async, address, 0, more, torch.cuda.current_stream(self._device).cuda_stream)
 
     def close(self) -> None:
         """Unmap and free, when the device has finished with it."""

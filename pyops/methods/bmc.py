@@ -29,7 +29,7 @@ from ..models.caches import Layer, append_rows, per_sequence
 from ..models.decoder import FullAttention
 from ..ops.kv_append import kv_append
 from ._bmc_model import Costs, best_r, overhead, smallest_r
-from ._bmc_profile import Pace, Shape, costs_of, length_aware_r
+from ._bmc_profile import FIRST_ROWS, Pace, Shape, costs_of, length_aware_r
 from ._bmc_virtual import Reserved
 
 __all__ = [
@@ -188,10 +188,13 @@ class GrowingCache:
             return self._most
         if isinstance(self.r, int):
             return max(self.r, self.width)  # what a step needs at least
-        if self.setting == "padded":
-            costs = costs_of(self._shape, self._most, self.width)
-            return best_r(costs, rows, max(0, self._most - rows - self.width + 1), self.width, self.accepted)
-        return max(self.width, length_aware_r(self._shape, rows, self._pace, self.width, self.accepted))
+        try:
+            if self.setting == "padded":
+                costs = costs_of(self._shape, self._most, self.width)
+                return best_r(costs, rows, max(0, self._most - rows - self.width + 1), self.width, self.accepted)
+            return max(self.width, length_aware_r(self._shape, rows, self._pace, self.width, self.accepted))
+        except torch.OutOfMemoryError:  # no room to measure: as where nothing is known
+            return max(self.width, FIRST_ROWS)
 
     def _grow(self, capacity: int) -> None:
         """All layers to `capacity` rows, a layer at a time: beside the cache there is one more layer at most."""

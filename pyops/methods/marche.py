@@ -134,7 +134,7 @@ class CachedStack:
         cached.scatter_(1, active, False)
         where = active[:, :, None].expand(-1, -1, x.shape[2])
         given = x.gather(1, where), active.int(), cached
-        x = self._replay(*given) if self.graphs and x.is_cuda else self._later(*given)
+        x = self._replay(*given) if self.graphs and self.later and x.is_cuda else self._later(*given)
         return self.out[:, :n].scatter_(1, where, x)
 
     def _later(self, x: Tensor, index: Tensor, cached: Tensor) -> Tensor:
@@ -200,8 +200,9 @@ class Marche:
             self.config.encoder_selection_layer,
             self.config.selection_layer,
         )
-        self.encoder = CachedStack(mar.encoder_blocks, min(encoder_layers, depth), slots, halves)
-        self.decoder = CachedStack(mar.decoder_blocks, min(layers, depth), slots, halves)
+        graphs = self.config.graphs
+        self.encoder = CachedStack(mar.encoder_blocks, min(encoder_layers, depth), slots, halves, graphs)
+        self.decoder = CachedStack(mar.decoder_blocks, min(layers, depth), slots, halves, graphs)
         self._step, self._known = 0, 0
 
     @torch.no_grad()

@@ -6,8 +6,7 @@ Functions of tensors alone, so that torch.compile fuses each into a kernel or tw
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +28,10 @@ def add_norm(
         return x, functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     assert isinstance(eps, Tensor)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    inverse = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    if torch.compiler.is_compiling():  # where sizes are symbols, and all of this is one kernel anyway
+        inverse = torch.rsqrt(length * length / x.shape[-1] + eps)
+    else:
+        inverse = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return x, (x * inverse).mul_(weight).to(x.dtype)
 
 
@@ -69,9 +71,17 @@ def activate(up: Tensor, gated: bool) -> Tensor:
 
 
 @functools.cache
-def glue(compiled: bool) -> Any:
-    """The functions above, eager or compiled."""
-    make: Callable[..., Any] = (
-        functools.partial(torch.compile, fullgraph=True, dynamic=True) if compiled else lambda f: f
-    )
-    return SimpleNamespace(add_norm=make(add_norm), split_heads=make(split_heads), activate=make(activate))
+def glue(compiled: bool, *kind: Any) -> Any:
+    """The functions above, eager or compiled: for each `kind` of decoder apart.
+
+    torch.compile keeps eight variants of a code object and then refuses; a kind of decoder has fewer than that.
+    """
+    functions = {f.__name__: f for f in (add_norm, split_heads, activate)}
+    if compiled:
+        functions = {name: _compiled(f) for name, f in functions.items()}
+    return SimpleNamespace(**functions)
+
+
+def _compiled(f: Any) -> Any:
+    own = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=True)

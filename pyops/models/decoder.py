@@ -201,7 +201,8 @@ class Decoder(nn.Module):
     @property
     def glue(self) -> Any:
         """The functions between the products, compiled or not."""
-        return glue(self.device.type == "cuda" if self.compiled is None else self.compiled)
+        compiled = self.device.type == "cuda" if self.compiled is None else self.compiled
+        return glue(compiled, self.dtype, self.norm_bias is None) if compiled else glue(False)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[N, H] of tokens [N] at positions [N]."""

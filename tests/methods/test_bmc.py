@@ -105,7 +105,7 @@ def test_graphs_stay_valid_where_memory_is_mapped(hf, prompts):
     decoder = Decoder.from_hf(hf("llama"), device="cuda")
     part = bmc.parts(r=3, growth="virtual")
     version = []
-    for _ in decoder.stream(prompts(2), 40, **part):
+    for _ in decoder.stream(prompts(2), 40, eos=(), **part):
         version.append(part["cache"].version)
     assert len(set(version)) == 1
     assert part["cache"].growths > 3
