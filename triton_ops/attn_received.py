@@ -3,7 +3,9 @@
 Two numbers at batch 128, 16 heads, 7 queries, 320 keys, D 64, bf16: 84 MB, 28 us at 3.02 TB/s; 0.6 Gflop: bytes-bound.
 The partial sums, one fp32 row of keys a program, are 3 % more bytes; atomics would make the order of sums vary.
 
-Keys that fit BLOCK_S are read once; more are read twice, for the softmax's sum and then for the probabilities.
+Keys that fit one tile are read once; more are read twice, for the softmax's sum and then for the probabilities. That
+tile is in two powers of two, 320 keys as 256 + 64: padded to 512 its shared memory left an SM three programs, not five,
+to hide one another's loads.
 Reached: bench/results/<gpu>/attn_received.json.
 """
 
@@ -21,10 +23,10 @@ from . import _aot, _tuned
 from .split_attn import LOG2_E, alignment, halves, load_rows
 
 # TILE: elements of K in a program's tile, at most; a row of keys that fits takes one tile.
-DEFAULT = {"TILE": 49152, "num_warps": 8, "num_stages": 2}
+DEFAULT = {"TILE": 49152, "num_warps": 4, "num_stages": 1}
 SPACE = [
     {"TILE": tile, "num_warps": warps, "num_stages": stages}
-    for tile, warps, stages in ((49152, 4, 1), (16384, 4, 2), (8192, 4, 2), (4096, 4, 4))
+    for tile, warps, stages in ((49152, 8, 1), (49152, 2, 1), (16384, 4, 2), (8192, 4, 2), (4096, 4, 4))
 ]
 _SUM_ROWS = 16
 _RUNTIME = ["H", "G", "S", "q_b", "q_h", "q_g", "k_b", "k_h", "k_s", "mask_b", "mask_s"]
@@ -59,9 +61,9 @@ def _received_kernel(
     q_ptr, k_ptr, mask_ptr, part_ptr,
     H, G, S, factor, q_b, q_h, q_g, k_b, k_h, k_s, mask_b, mask_s,
     UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ONE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Strides of q and k are in units of UNIT elements. ONE: all keys lie in one tile."""
+    """Strides of q and k are in units of UNIT elements. ONE: all keys lie in BLOCK_S + REST; else REST is 0."""
     tiles = tl.cdiv(G, BLOCK_G)
     program = tl.program_id(0)
     b, h = (program // tiles // H).to(tl.int64), (program // tiles % H).to(tl.int64)
@@ -78,7 +80,15 @@ def _received_kernel(
     if ONE:
         scores = _scores(q0, q1, k_ptr, mask_ptr, 0, S, k_s * UNIT, mask_s, factor, D, D0, D1, BLOCK_S)
         m = tl.max(scores, axis=1)
-        total = tl.sum(tl.exp2(scores - tl.where(m == float("-inf"), 0.0, m)[:, None]), axis=1)
+        if REST > 0:
+            others = _scores(q0, q1, k_ptr, mask_ptr, BLOCK_S, S, k_s * UNIT, mask_s, factor, D, D0, D1, REST)
+            m = tl.maximum(m, tl.max(others, axis=1))
+        base = tl.where(m == float("-inf"), 0.0, m)[:, None]
+        total = tl.sum(tl.exp2(scores - base), axis=1)
+        if REST > 0:
+            total += tl.sum(tl.exp2(others - base), axis=1)
+            rest = BLOCK_S + tl.arange(0, REST)
+            tl.store(part_ptr + rest, _probabilities(others, m, total, inside), mask=rest < S)
         tl.store(part_ptr + column, _probabilities(scores, m, total, inside), mask=column < S)
     else:
         m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -115,11 +125,14 @@ def fit(config: dict[str, Any], queries: int, keys: int, d: int, itemsize: int) 
     tile, warps = config["TILE"], config["num_warps"]
     if itemsize == 4:  # exact products of fp32 take registers for both factors
         tile, block_g = min(tile, 2048 if width > 96 else 4096), 16
-    block_s = max(16, min(triton.next_power_of_2(keys), triton.next_power_of_2(tile // width + 1) // 2))
-    while block_g > 16 and block_g * block_s > 48 * 32 * warps:  # registers for scores
+    block_s, rest = halves(keys)
+    one = (block_s + rest) * width <= max(tile, 16 * width)
+    if not one:
+        block_s, rest = max(16, triton.next_power_of_2(tile // width + 1) // 2), 0
+    while block_g > 16 and block_g * (block_s + rest) > 48 * 32 * warps:  # registers for scores
         block_g //= 2
     return {
-        "BLOCK_G": block_g, "BLOCK_S": block_s, "ONE": block_s >= keys,
+        "BLOCK_G": block_g, "BLOCK_S": block_s, "REST": rest, "ONE": one,
         "num_warps": warps, "num_stages": config["num_stages"],
     }  # fmt: skip
 
