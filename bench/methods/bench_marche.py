@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from .page import MethodPage, five_digits
 OURS, UNCACHED = "fastops", "mar"
 MODELS = {"MAR-B": MAR_BASE, "MAR-L": MAR_LARGE, "MAR-H": MAR_HUGE}
 CFG, HEAD_STEPS = 2.9, 100
-TOLERANCE = 1e-2  # of a step's conditions: refreshed every step against MAR; usual layout against ours, in bf16
+ROUNDINGS = 3  # how far apart two ways to the same conditions may be, in units of rounding()
 
 
 def speed(model: str, batch: int, steps: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Case:
@@ -66,13 +66,21 @@ class Timed(NamedTuple):
     figures: dict[str, float]
 
 
+def same_parameters(mar: Mar) -> Mar:
+    """A copy that shares its parameters with `mar`."""
+    return copy.deepcopy(mar, {id(p): p for p in mar.parameters()})
+
+
 class UsualMar:
-    """MAR as it is usually written: every sample in raster order, rows picked by boolean masks."""
+    """MAR as it is usually written: every sample in raster order, rows picked by boolean masks.
+
+    Compiled, each block is one graph, compiled once for all of them: all blocks in one take minutes and run no faster.
+    """
 
     def __init__(self, mar: Mar, compiled: bool) -> None:
-        self.mar = mar
-        compile_: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=True) if compiled else lambda f: f
-        self.encode, self.decode = compile_(mar.encode), compile_(mar.decode)
+        self.mar = same_parameters(mar)
+        for block in (*self.mar.encoder_blocks, *self.mar.decoder_blocks) if compiled else ():
+            block.compile(dynamic=True)
 
     def predict(self, tokens: Tensor, condition: Tensor, places: Tensor, count: int) -> Tensor:
         """As Mar.predict."""
@@ -84,10 +92,10 @@ class UsualMar:
         hidden.scatter_(1, places[:, :n] + buffer, False)
         x = torch.cat([condition[:, None].expand(-1, buffer, -1), mar.z_proj(image.to(condition.dtype))], dim=1)
         x = mar.z_proj_ln(x + mar.encoder_pos_embed_learned)
-        x = mar.decoder_embed(self.encode(x[~hidden].reshape(batch, -1, width)))
+        x = mar.decoder_embed(mar.encode(x[~hidden].reshape(batch, -1, width)))
         whole = mar.mask_token.repeat(batch, buffer + total, 1)
         whole[~hidden] = x.flatten(0, 1)
-        x = self.decode(whole + mar.decoder_pos_embed_learned)[:, buffer:] + mar.diffusion_pos_embed_learned
+        x = mar.decode(whole + mar.decoder_pos_embed_learned)[:, buffer:] + mar.diffusion_pos_embed_learned
         return x.gather(1, places[:, n : n + count, None].expand(-1, -1, width))
 
 
@@ -97,6 +105,12 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Mar:
     torch.manual_seed(0)
     with torch.device(device):
         return Mar(MODELS[name]).to(dtype).eval().requires_grad_(False)
+
+
+def rounding(config: MarConfig, dtype: torch.dtype) -> float:
+    """What two evaluations differ by at best: a residual stream's sums, two a layer, round in either of them."""
+    sums = 2 * 2 * 2 * config.depth
+    return math.sqrt(sums / 3) * torch.finfo(dtype).eps / 2
 
 
 def waited_us(run: Runner, device: torch.device, count: int) -> float:
@@ -140,7 +154,7 @@ def timed(case: Case, session: Session) -> Timed:
 
         return run
 
-    ours = copy.deepcopy(mar, {id(p): p for p in mar.parameters()})  # the same parameters
+    ours = same_parameters(mar)
     variants: dict[str, Predict] = {"torch": UsualMar(mar, False).predict}
     if device.type == "cuda":
         ours.compile_glue()
@@ -150,11 +164,12 @@ def timed(case: Case, session: Session) -> Timed:
     n = mar.config.tokens // 3
     with torch.inference_mode():
         want = mar.predict(tokens[:, :n], condition, places, 4)
+        allowed = ROUNDINGS * rounding(mar.config, case.dtype)
         for name in variants.keys() - {OURS}:
-            check(name, difference(variants[name](tokens[:, :n], condition, places, 4), want))
+            check(name, difference(variants[name](tokens[:, :n], condition, places, 4), want), allowed)
         always = Marche(ours, MarcheConfig(refresh=1), guided=True)
         always.predict(tokens[:, :0], condition, places, n)
-        check("refreshed", difference(always.predict(tokens[:, :n], condition, places, 4), want))
+        check("refreshed", difference(always.predict(tokens[:, :n], condition, places, 4), want), allowed)
         us = {name: waited_us(part(predict), device, 1) for name, predict in variants.items()}
         options = dict(steps=steps, cfg=CFG, head_steps=HEAD_STEPS, generator=generator)
         whole = {
@@ -172,10 +187,10 @@ def timed(case: Case, session: Session) -> Timed:
     return Timed(us, transformer_cost(mar.config, steps, 2 * batch, case.dtype.itemsize), figures)
 
 
-def check(what: str, distance: float) -> None:
-    """Raise where a distance is beyond TOLERANCE, or NaN."""
-    if not distance <= TOLERANCE:
-        raise Wrong(f"{what} differs by {distance:.2g}, at most {TOLERANCE:g} allowed")
+def check(what: str, distance: float, allowed: float) -> None:
+    """Raise where a distance is beyond what is allowed, or NaN."""
+    if not distance <= allowed:
+        raise Wrong(f"{what} differs by {distance:.2g}, at most {allowed:.2g} allowed")
 
 
 @functools.cache
