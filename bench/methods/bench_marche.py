@@ -157,7 +157,7 @@ def timed(case: Case, session: Session) -> Timed:
     ours = same_parameters(mar)
     variants: dict[str, Predict] = {"torch": UsualMar(mar, False).predict}
     if device.type == "cuda":
-        ours.compile_glue()
+        ours.compile_glue(graphs=True)
         variants["torch_compile"] = UsualMar(mar, True).predict
     cached = Marche(ours, MarcheConfig(graphs=device.type == "cuda"), guided=True)
     variants |= {OURS: cached.predict, UNCACHED: ours.predict}

@@ -240,6 +240,7 @@ def samples(
 ) -> tuple[Tensor, Tensor]:
     """([N, side, side] from 0 to 1, their labels) on the CPU; by MAR, or by MARché where there is a config."""
     mar = trained(setting, device)
+    mar.diffloss.graphs = device.type == "cuda"
     labels = torch.arange(10, device=device).repeat(setting.a_class)
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(steps=setting.generation_steps, cfg=setting.cfg, head_steps=setting.head_steps, generator=generator)

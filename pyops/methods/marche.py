@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models._graphs import Graphs
 from ..models.mar import Block, Mar, MarConfig, tokens_a_step
 from ..ops.attn_received import attn_received
 from ..ops.kv_append import kv_scatter
@@ -90,7 +91,7 @@ class CachedStack:
         self.first, self.later = all_blocks[:whole], all_blocks[whole:]
         self.slots, self.halves, self.graphs = slots, halves, graphs
         self.caches: list[tuple[Tensor, Tensor]] = []
-        self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._graphs = Graphs()
         self.out: Tensor | None = None
 
     def refresh(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class CachedStack:
         batch, n, width = x.shape
         kept = self.out is not None and self.out.shape[0] == batch and self.out.dtype == x.dtype
         if self.out is None or not kept or self.out.is_inference() != torch.is_inference_mode_enabled():
-            self.out, self.caches, self._captured = x.new_empty(batch, self.slots, width), [], {}
+            self.out, self.caches, self._graphs = x.new_empty(batch, self.slots, width), [], Graphs()
         for block in self.first:
             x = block(x)
         for i, block in enumerate(self.later):
@@ -134,7 +135,10 @@ class CachedStack:
         cached.scatter_(1, active, False)
         where = active[:, :, None].expand(-1, -1, x.shape[2])
         given = x.gather(1, where), active.int(), cached
-        x = self._replay(*given) if self.graphs and self.later and x.is_cuda else self._later(*given)
+        if self.graphs and self.later and x.is_cuda:
+            x = self._graphs.load(self._later, *given).replay()
+        else:
+            x = self._later(*given)
         return self.out[:, :n].scatter_(1, where, x)
 
     def _later(self, x: Tensor, index: Tensor, cached: Tensor) -> Tensor:
@@ -148,26 +152,6 @@ class CachedStack:
             kv_scatter(k_cache, v_cache, k, v, index)
             x = block.finish(x, out)
         return x
-
-    def _replay(self, *given: Tensor) -> Tensor:
-        """_later as a CUDA graph, captured at the first call with these sizes; its result lives until the next call."""
-        key = tuple(given[0].shape)
-        if key not in self._captured:
-            kept = tuple(t.clone() for t in given)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles; it writes to the caches what the replay will write again
-                self._later(*kept)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self._later(*kept)
-            self._captured[key] = graph, kept, result
-        graph, kept, result = self._captured[key]
-        for to, source in zip(kept, given, strict=True):
-            to.copy_(source)
-        graph.replay()
-        return result
 
     def _select(self, q: Tensor, k: Tensor, must: Sequence[range], more: int) -> Tensor:
         """[B, rows] int64: `must` and the `more` other rows that receive most attention from q."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._graphs import Graphs
+
 TRAINED_STEPS = 1000
 FREQUENCIES = 128  # of the sinusoidal embedding of a time step
 NORM_EPS = 1e-6
@@ -42,6 +44,12 @@ class Schedule:
         self.log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()
         self.from_data = beta * before.sqrt() / (1 - self.signal)  # weights of the posterior's mean
         self.from_noisy = (1 - before) * (1 - beta).sqrt() / (1 - self.signal)
+
+    def table(self) -> Tensor:
+        """[steps, 6]: what DiffusionHead._denoise multiplies with in each step, the first one (the noisiest) first."""
+        noise, data = (1 - self.signal).sqrt(), self.signal.sqrt()
+        columns = [noise, data, self.from_data, self.from_noisy, self.log_beta, self.log_posterior]
+        return torch.stack(columns, dim=1).flip(0)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -145,6 +153,8 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.token_dim = token_dim
         self.net = Denoiser(token_dim, condition, width, depth)
+        self.graphs = False  # whether, on a GPU, a denoising step is a CUDA graph: few rows leave the GPU waiting
+        self._graphs = Graphs()
 
     @torch.no_grad()
     def sample(
@@ -163,25 +173,40 @@ class DiffusionHead(nn.Module):
         """
         plan, count = schedule(steps), z.shape[0] // (1 if cfg is None else 2)
         device = z.device if generator is None else generator.device
-        dtype = self.net.input_proj.weight.dtype
+        noise = torch.randn(steps, count, self.token_dim, generator=generator, device=device).to(z.device)
+        x, nothing = noise[0].clone(), torch.zeros_like(noise[:1])  # the last step adds none
+        weight = self.net.input_proj.weight
+        state = (
+            x, torch.zeros(1, dtype=torch.int64, device=z.device), torch.cat([noise[1:] * temperature, nothing]),
+            plan.table().to(z.device, torch.float32), self.net.time_embed(plan.times.flip(0).to(z.device)),
+            self.net.cond_embed(z.to(weight.dtype)), torch.tensor(1.0 if cfg is None else cfg, device=z.device),
+        )  # fmt: skip
+        if not (self.graphs and z.is_cuda):
+            for _ in range(steps):
+                self._denoise(*state)
+            return x
+        captured = self._graphs.load(self._denoise, *state, key=weight.data_ptr())
+        for _ in range(steps):
+            captured.replay()
+        return captured.given[0].clone()
 
-        def noise() -> Tensor:
-            return torch.randn(count, self.token_dim, generator=generator, device=device).to(z.device)
+    def _denoise(
+        self, x: Tensor, at: Tensor, noise: Tensor, table: Tensor, times: Tensor, condition: Tensor, cfg: Tensor
+    ) -> None:
+        """Step `at` [1] in place: x [N, token_dim] becomes the next one's, and `at` its number.
 
-        x = noise()
-        condition = self.net.cond_embed(z.to(dtype))
-        times = self.net.time_embed(plan.times.to(z.device))
-        for i in reversed(range(steps)):
-            given = x if cfg is None else torch.cat([x, x])
-            eps, spread = self.net(given.to(dtype), condition + times[i]).float().chunk(2, dim=1)
-            if cfg is not None:
-                conditional, unconditional = eps.chunk(2)
-                eps, spread = unconditional + cfg * (conditional - unconditional), spread[:count]
-            signal = float(plan.signal[i])
-            data = (x - (1 - signal) ** 0.5 * eps) / signal**0.5
-            x = float(plan.from_data[i]) * data + float(plan.from_noisy[i]) * x
-            if i > 0:
-                part = (spread + 1) / 2
-                log_variance = part * float(plan.log_beta[i]) + (1 - part) * float(plan.log_posterior[i])
-                x = x + (log_variance / 2).exp() * noise() * temperature
-        return x
+        `noise`, `table` and `times` hold a row for each step; `condition` has N rows, or 2 N with guidance.
+        """
+        guided = len(condition) > len(x)
+        given = torch.cat([x, x]) if guided else x
+        embedding = condition + times.index_select(0, at)
+        eps, spread = self.net(given.to(embedding.dtype), embedding).float().chunk(2, dim=1)
+        if guided:
+            conditional, unconditional = eps.chunk(2)
+            eps, spread = unconditional + cfg * (conditional - unconditional), spread[: len(x)]
+        of_eps, of_data, from_data, from_noisy, log_beta, log_posterior = table.index_select(0, at)[0].unbind()
+        mean = from_data * ((x - of_eps * eps) / of_data) + from_noisy * x
+        part = (spread + 1) / 2
+        log_variance = part * log_beta + (1 - part) * log_posterior
+        x.copy_(mean + (log_variance / 2).exp() * noise.index_select(0, at)[0])
+        at.add_(1)

@@ -210,15 +210,17 @@ class Mar(nn.Module):
         known: Tensor = self.class_emb(labels)
         return torch.cat([known, self.fake_latent.expand_as(known)]) if guided else known
 
-    def compile_glue(self, **options: Any) -> Mar:
+    def compile_glue(self, graphs: bool = False, **options: Any) -> Mar:
         """Put what lies around attention, and the diffusion head's network, through torch.compile; returns self.
 
         Norms, projections, activations and residuals of a block become few kernels, compiled once for all blocks and
         sizes; attention, and what methods do in its place, stays as it is. Parameters keep their names.
 
         Args:
+            graphs: whether the head's steps are CUDA graphs too, on a GPU: weights must stay where they are then.
             **options: further arguments of torch.compile.
         """
+        self.diffloss.graphs = graphs
         for block in (*self.encoder_blocks, *self.decoder_blocks):
             for part in ("project", "finish"):
                 setattr(block, part, torch.compile(getattr(block, part), dynamic=True, **options))

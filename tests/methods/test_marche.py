@@ -289,7 +289,7 @@ def test_graphs_change_nothing():
         want = mar.generate(labels, predict=plain.predict, generator=generator(batch), **options)
         got = mar.generate(labels, predict=graphed.predict, generator=generator(batch), **options)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
-    assert graphed.decoder._captured
+    assert graphed.decoder._graphs._captured
 
 
 def test_the_schedule_leaves_no_step_without_tokens():

@@ -1,6 +1,8 @@
 """Mar against the same model composed anew in the test: raster order, boolean masks, torch's own attention module."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -165,7 +167,7 @@ class Plain:
         for time in times:
             betas.append(1 - float(alpha_bar[time]) / last)
             last = float(alpha_bar[time])
-        x = noise().double()
+        x = next(noise).double()
         for i in reversed(range(steps)):
             bar, bar_before = float(alpha_bar[times[i]]), float(alpha_bar[times[i - 1]]) if i else 1.0
             if cfg is None:
@@ -182,7 +184,7 @@ class Plain:
                 least = math.log(betas[i] * (1 - bar_before) / (1 - bar))
                 part = (spread + 1) / 2
                 variance = (part * math.log(betas[i]) + (1 - part) * least).exp()
-                x = x + variance.sqrt() * noise().double() * temperature
+                x = x + variance.sqrt() * next(noise).double() * temperature
         return x
 
     def generate(self, labels, places, steps, cfg, cfg_schedule, temperature, head_steps, seed):
@@ -206,10 +208,8 @@ class Plain:
             chosen = [[p for p in places[b].tolist() if new[b, p]] for b in range(batch)]
             assert all(sorted(c, key=lambda p, b=b: ranks[b, p]) == c for b, c in enumerate(chosen))
             rows = torch.stack([z[b, chosen[b % batch]] for b in range(z.shape[0])])
-            shape = (batch * len(chosen[0]), self.config.token_dim)
-            got = self.sample(
-                rows.flatten(0, 1), head_steps, strength, temperature, lambda s=shape: torch.randn(s, generator=draw)
-            )
+            noise = torch.randn(head_steps, batch * len(chosen[0]), self.config.token_dim, generator=draw)
+            got = self.sample(rows.flatten(0, 1), head_steps, strength, temperature, iter(noise))
             for b in range(batch):
                 image[b, chosen[b]] = got.unflatten(0, (batch, -1))[b]
             mask = after
@@ -339,6 +339,33 @@ def test_half_precision_stays_near():
     got = tiny(dtype=torch.bfloat16).generate(labels, generator=generator(3), **options)
     assert got.dtype == torch.float32
     assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_a_copy_captures_its_own_graphs():
+    mar = tiny()
+    for other in (copy.deepcopy(mar), pickle.loads(pickle.dumps(mar))):
+        assert other.diffloss._graphs is not mar.diffloss._graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_of_the_head_change_nothing(dtype):
+    """Also with weights that have moved since a capture, and under autocast."""
+    mar, z = tiny(dtype=dtype).cuda(), torch.randn(10, 32, device="cuda")
+    head = mar.diffloss
+    for cfg in (None, 2.0):
+        for cast in (False, True):
+            results = []
+            for head.graphs in (False, True, True):
+                with torch.autocast("cuda", torch.bfloat16, enabled=cast):
+                    results.append(head.sample(z, steps=7, cfg=cfg, temperature=0.9, generator=generator(5)))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    assert len(head._graphs._captured) == 4
+    before = head.sample(z, steps=7, generator=generator(5))
+    for p in mar.parameters():
+        p.data = p.data * 2
+    assert not torch.equal(head.sample(z, steps=7, generator=generator(5)), before)
 
 
 @pytest.mark.gpu
