@@ -50,10 +50,10 @@ def _scores(
 
 
 @triton.jit
-def _probabilities(scores, m, total, rows):
-    """Their sum over the queries that there are."""
+def _probabilities(scores, m, total):
+    """Their sum over the queries."""
     p = tl.exp2(scores - tl.where(m == float("-inf"), 0.0, m)[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
-    return tl.sum(tl.where(rows[:, None], p, 0.0), axis=0)
+    return tl.sum(p, axis=0)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -77,22 +77,24 @@ def _received_kernel(
     q0 = load_rows(q_ptr, g.to(tl.int64), q_g * UNIT, inside, D, 0, D0, False)
     q1 = load_rows(q_ptr, g.to(tl.int64), q_g * UNIT, inside, D, D0, D1, False) if D1 > 0 else q0
     column = tl.arange(0, BLOCK_S)
+    nobody = tl.where(inside, 0.0, float("inf"))  # queries beyond G, whose scores are 0: probabilities of 1 / inf
     if ONE:
+        if REST > 0:
+            others = _scores(q0, q1, k_ptr, mask_ptr, BLOCK_S, S, k_s * UNIT, mask_s, factor, D, D0, D1, REST)
         scores = _scores(q0, q1, k_ptr, mask_ptr, 0, S, k_s * UNIT, mask_s, factor, D, D0, D1, BLOCK_S)
         m = tl.max(scores, axis=1)
         if REST > 0:
-            others = _scores(q0, q1, k_ptr, mask_ptr, BLOCK_S, S, k_s * UNIT, mask_s, factor, D, D0, D1, REST)
             m = tl.maximum(m, tl.max(others, axis=1))
         base = tl.where(m == float("-inf"), 0.0, m)[:, None]
-        total = tl.sum(tl.exp2(scores - base), axis=1)
+        total = tl.sum(tl.exp2(scores - base), axis=1) + nobody
         if REST > 0:
             total += tl.sum(tl.exp2(others - base), axis=1)
             rest = BLOCK_S + tl.arange(0, REST)
-            tl.store(part_ptr + rest, _probabilities(others, m, total, inside), mask=rest < S)
-        tl.store(part_ptr + column, _probabilities(scores, m, total, inside), mask=column < S)
+            tl.store(part_ptr + rest, _probabilities(others, m, total), mask=rest < S)
+        tl.store(part_ptr + column, _probabilities(scores, m, total), mask=column < S)
     else:
-        m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_G,), tl.float32)
+        m = tl.where(inside, float("-inf"), 0.0)
+        total = nobody
         for start in range(0, S, BLOCK_S):
             scores = _scores(q0, q1, k_ptr, mask_ptr, start, S, k_s * UNIT, mask_s, factor, D, D0, D1, BLOCK_S)
             higher = tl.maximum(m, tl.max(scores, axis=1))
@@ -101,7 +103,7 @@ def _received_kernel(
             m = higher
         for start in range(0, S, BLOCK_S):
             scores = _scores(q0, q1, k_ptr, mask_ptr, start, S, k_s * UNIT, mask_s, factor, D, D0, D1, BLOCK_S)
-            tl.store(part_ptr + start + column, _probabilities(scores, m, total, inside), mask=start + column < S)
+            tl.store(part_ptr + start + column, _probabilities(scores, m, total), mask=start + column < S)
 
 
 @triton.jit(do_not_specialize=["parts", "S"])
