@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops
+from fastops.reference import dense_linear as reference_dense
 from fastops.reference.nf4_dequant import NF4_CODE
 
 if TYPE_CHECKING:
@@ -228,6 +229,25 @@ def bitsandbytes_dx(call: Call) -> Runner:
 def dense_linear(call: Call) -> Runner:
     """The dense layer: the weight expanded once, in x's dtype."""
     return functools.partial(F.linear, call.args[0], _expand(_weight(call)))
+
+
+def _panelled(call: Call) -> Tensor:
+    """The plain weight of a dense_linear call."""
+    return reference_dense.plain(call.args[1], call.args[2]).contiguous()
+
+
+def torch_linear(call: Call) -> Runner:
+    """torch's own layer on the plain weight."""
+    return functools.partial(F.linear, call.args[0], _panelled(call), call.kwargs.get("bias"))
+
+
+def onednn_linear(call: Call) -> Runner:
+    """oneDNN's product of a weight in its own layout, as torch.compile uses it for weights that it may freeze."""
+    if not torch.backends.mkldnn.is_available():
+        raise Absent("this torch has no oneDNN")
+    x = call.args[0]
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(_panelled(call), x.shape[0])
+    return functools.partial(torch.ops.mkldnn._linear_pointwise, x, laid_out, call.kwargs.get("bias"), "none", [], "")
 
 
 def dense_dx(call: Call) -> Runner:
@@ -537,6 +557,10 @@ FORWARD = {
 
 PEERS: dict[str, dict[str, Peer]] = {
     "attn_received": {"torch": Peer(torch_received, PRODUCT)},
+    "dense_linear": {
+        "torch": Peer(torch_linear, PRODUCT),
+        "onednn": Peer(onednn_linear, PRODUCT, device="cpu"),
+    },
     "merge_state": {"torch": Peer(torch_merge, PRODUCT), "flashinfer": Peer(flashinfer_merge, PRODUCT, device="cuda")},
     "kv_append": {
         "torch": Peer(torch_append),

@@ -14,6 +14,7 @@ from ._registry import debug_checks, explain, use_backend
 from ._version import __version__
 from .ops.attn_received import attn_received
 from .ops.decode_attn import decode_attn
+from .ops.dense_linear import dense_linear, dense_panels
 from .ops.kv_append import kv_append, kv_compact, kv_scatter
 from .ops.kv_recompute import kv_recompute
 from .ops.merge_state import merge_state
@@ -30,6 +31,8 @@ __all__ = [
     "attn_received",
     "debug_checks",
     "decode_attn",
+    "dense_linear",
+    "dense_panels",
     "explain",
     "interop",
     "kv_append",

@@ -7,50 +7,15 @@
 // panel, against a block of rows of x. Lanes run along the columns, so a row of a head lies side by side when its sums
 // are done, and bias, norm, rotation and the rounded store into the cache happen on it there, in the L2 cache.
 //
-// A unit, 32 bits in a lane, is a float, or where the CPU multiplies bf16 two of them, neighbours in a row. Both
-// operands are laid out by transposing vectors of units: x once for all strips, a panel of weights for all rows of x.
+// Both operands are laid out by transposing vectors of units (common/cpu_tiles.h): x once for all strips, a panel of
+// weights for all rows of x.
 
 namespace {
 
 using V = FO_VECTOR;
-constexpr int kLanes = V::kLanes;
-constexpr int kWidth = 2 * kLanes;                              // columns of a panel
-constexpr int kTall = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // rows of a group: sums fill the registers
-constexpr int64_t kTile = kDepth * kWidth;                      // units of a panel's tile
+#include "common/cpu_tiles.h"
 
-template <class T>
-constexpr bool kPairs = V::kUnits == 4 && std::is_same_v<T, BFloat16>;
-template <class T>
-constexpr int kPerUnit = kPairs<T> ? 2 : 1;
-
-// kLanes units of a row, of which it has `count` elements left; zeros beyond.
-template <class T>
-FO_KERNEL FO_INLINE V::W load_units(const T* from, int64_t count) {
-  T some[kLanes * kPerUnit<T>] = {};
-  if (count < kLanes * kPerUnit<T>) {
-    std::memcpy(some, from, static_cast<size_t>(count) * sizeof(T));
-    from = some;
-  }
-  if constexpr (kPairs<T>) {
-    return V::load_words(reinterpret_cast<const uint8_t*>(from));
-  } else {
-    return V::as_words(V::load(from));
-  }
-}
-
-// to[u * stride + i] = unit u of row i, for kLanes rows and `units` units; rows[i] has `count` elements left.
-template <class T>
-FO_KERNEL FO_INLINE void transpose_units(const T* const* rows, int64_t count, int64_t units, float* to,
-                                         int64_t stride) {
-  for (int64_t u = 0; u < units; u += kLanes) {
-    const int64_t at = u * kPerUnit<T>;
-    V::W words[kLanes];
-    for (int i = 0; i < kLanes; ++i) words[i] = load_units(rows[i] + at, count - at);
-    V::transpose(words);
-    const int some = static_cast<int>(std::min<int64_t>(kLanes, units - u));
-    for (int i = 0; i < some; ++i) V::store_words(to + (u + i) * stride, words[i]);
-  }
-}
+constexpr int64_t kTile = kDepth * kWidth;  // units of a panel's tile
 
 // Group `group` of the rows m0 … of x: for each step along H a tile [unit][kLanes], of which kTall rows are used.
 template <class T>
@@ -68,36 +33,6 @@ FO_KERNEL void pack_x(const Job& job, int64_t m0, const RowGroups& groups, int64
     for (int i = 0; i < kLanes; ++i) rows[i] += units * kPerUnit<T>;
   }
 }
-
-// sums[m][kWidth] = or += sum over units of tile[unit] * x[unit][m], for kM rows m, `stride` apart.
-template <int kM>
-FO_KERNEL void micro(const float* tile, const float* x, int64_t units, float* sums, int64_t stride, bool first) {
-  V::F acc[kM][2];
-#pragma GCC unroll 16
-  for (int m = 0; m < kM; ++m) acc[m][0] = acc[m][1] = V::zero();
-  for (int64_t u = 0; u < units; ++u, tile += kWidth, x += kLanes) {
-    const V::F w0 = V::load(tile), w1 = V::load(tile + kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < kM; ++m) {
-      const V::F xm = V::broadcast(x + m);
-      acc[m][0] = V::mac(acc[m][0], w0, xm);
-      acc[m][1] = V::mac(acc[m][1], w1, xm);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kM; ++m, sums += stride) {
-    V::store(sums, first ? acc[m][0] : V::add(V::load(sums), acc[m][0]));
-    V::store(sums + kLanes, first ? acc[m][1] : V::add(V::load(sums + kLanes), acc[m][1]));
-  }
-}
-
-using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
-
-template <int... kM>
-constexpr std::array<Micro, sizeof...(kM)> micros(std::integer_sequence<int, kM...>) {
-  return {&micro<kM + 1>...};
-}
-constexpr auto kMicro = micros(std::make_integer_sequence<int, kTall>());  // [rows - 1]
 
 FO_KERNEL FO_INLINE void normalise(const Job& job, float* y) {
   V::F squares = V::zero();
@@ -172,7 +107,7 @@ FO_KERNEL void product(const Job& job, const Strip& strip, int64_t m0, const Row
       const float* x = packed + (u0 * groups.count + g_first * units) * kLanes;
       for (int64_t g = g_first; g < g_last; ++g, x += units * kLanes) {
         const int64_t m = groups.start(g), tall = groups.start(g + 1) - m;
-        kMicro[tall - 1](tile, x, units, sums + (m - before) * width + n0, width, u0 == 0);
+        kMicro<float, kWidth>[tall - 1](tile, x, kLanes, units, sums + (m - before)* width + n0, width, u0 == 0);
       }
     }
   }

@@ -82,7 +82,7 @@ def _planes(codec: Codec, rows: int, batch: int, device: torch.device) -> list[T
 class Projection:
     """W_K and W_V of each layer, with what stands between their products and the cache.
 
-    Dense weights are views of the decoder's on a GPU (copies where oneDNN has them laid out), or of what was sent of
+    Dense weights are views of the decoder's on a GPU (copies where they lie in panels), or of what was sent of
     them for a visit. Those in 4 bits are expanded when they are used.
     """
 

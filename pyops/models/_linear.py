@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..ops.dense_linear import DENSE, dense_panels, dense_weight
 from ..ops.nf4_gemv import LINEAR
 from ..ops.nf4_quantize import nf4_quantize
 from ._architecture import WHO
@@ -16,35 +17,31 @@ from ._architecture import WHO
 KINDS = ("dense", "nf4")
 
 
-ROWS = 8  # of x, for which oneDNN lays a weight out; it serves one row and thousands as well
-
-
 class Dense(nn.Module):
-    """x @ weight.T + bias.
-
-    On a CPU the weight is kept as oneDNN lays it out, which for few rows is two to five times as fast as what
-    functional.linear does (it lays out anew in every call); `weight` is then a copy.
-    """
+    """x @ weight.T + bias. On a CPU the weight is kept in dense_linear's panels; `weight` is then a copy."""
 
     bias: Tensor | None
     _weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weights = weight.numel()
-        self._laid_out: Tensor | None = None
-        self.register_buffer("_weight", weight, persistent=False)  # empty where it is laid out
+        self.out_features, self.weights = weight.shape[0], weight.numel()
+        self.register_buffer("_weight", weight, persistent=False)  # [N, K], or the panels
         self.register_buffer("bias", bias)
         self._lay_out()
 
     @property
     def weight(self) -> Tensor:
         """[N, K]."""
-        return self._weight if self._laid_out is None else self._laid_out.to_dense()
+        return dense_weight(self._weight, self.out_features) if self._in_panels else self._weight
+
+    @property
+    def _in_panels(self) -> bool:
+        return self._weight.dim() == 3
 
     def is_held(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the weight, not a copy."""
-        return self._laid_out is None and self._weight.data_ptr() == tensor.data_ptr()
+        return self._weight.data_ptr() == tensor.data_ptr()
 
     @property
     def weight_bytes(self) -> int:
@@ -52,37 +49,22 @@ class Dense(nn.Module):
         return self.weights * self._weight.element_size()
 
     def _lay_out(self) -> None:
-        w, types = self._weight, (torch.float32, torch.bfloat16)
-        if w.device.type != "cpu" or w.dtype not in types or not w.numel() or not torch.backends.mkldnn.is_available():
-            return
-        self._laid_out = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
-        self._weight = w.new_empty(0)
-
-    def _restore(self) -> None:
-        if self._laid_out is not None:
-            self._weight, self._laid_out = self._laid_out.to_dense(), None
+        types = (torch.float32, torch.float16, torch.bfloat16)
+        if self._weight.device.type == "cpu" and self._weight.dtype in types:
+            self._weight = dense_panels(self._weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] of x [..., K]."""
-        if self._laid_out is None:
+        if not self._in_panels:
             return functional.linear(x, self._weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._laid_out, self.bias, "none", [], "")
+        out: Tensor = DENSE(None, x, self._weight, self.out_features, bias=self.bias)
         return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> Dense:
-        self._restore()
+        self._weight = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lay_out()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: with the plain weight, since what oneDNN lays out cannot be copied."""
-        buffers = {**self._buffers, "_weight": self.weight}
-        return {**self.__dict__, "_laid_out": None, "_buffers": buffers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lay_out()
 
 
 class Nf4(nn.Module):
