@@ -86,6 +86,8 @@ FO_KERNEL void multiply(const Job& job, int64_t panel, int64_t m0, const RowGrou
         float* to = sums + (m - before) * kWidth;
         if (once) {
           kMicro<float, kWidth>[tall - 1](laid_out, x, step, units, to, kWidth, u0 == 0);
+        } else if (g == g_first) {
+          kMicro<T, kPanel, true>[tall - 1](tile, x, step, units, to, kWidth, u0 == 0);
         } else {
           kMicro<T, kPanel>[tall - 1](tile, x, step, units, to, kWidth, u0 == 0);
         }

@@ -57,14 +57,20 @@ FO_KERNEL FO_INLINE void load_columns(const T* from, V::F& low, V::F& high) {
 }
 
 // sums[m][kWidth] = or += sum over units of tile[unit] * x[unit][m], for kM rows m of sums, `stride` apart. Units of x
-// are `x_step` floats apart, rows of the tile kStep elements.
-template <class T, int kStep, int kM>
+// are `x_step` floats apart, rows of the tile kStep elements. kStream: the tile is part of a stream, which is fetched
+// kDepth units ahead; the hardware loses it at every end of a page, and where other rows of x come in between.
+template <class T, int kStep, bool kStream, int kM>
 FO_KERNEL void micro(const T* tile, const float* x, int64_t x_step, int64_t units, float* sums, int64_t stride,
                      bool first) {
+  constexpr int kUnit = kStep * kPerUnit<T>, kLine = 64 / sizeof(T);
   V::F acc[kM][2];
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) acc[m][0] = acc[m][1] = V::zero();
-  for (int64_t u = 0; u < units; ++u, tile += kStep * kPerUnit<T>, x += x_step) {
+  for (int64_t u = 0; u < units; ++u, tile += kUnit, x += x_step) {
+    if constexpr (kStream) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnit; i += kLine) __builtin_prefetch(tile + kDepth * kUnit + i, 0, 2);
+    }
     V::F w0, w1;
     load_columns<T, kStep>(tile, w0, w1);
 #pragma GCC unroll 16
@@ -84,9 +90,9 @@ FO_KERNEL void micro(const T* tile, const float* x, int64_t x_step, int64_t unit
 template <class T>
 using Micro = void (*)(const T*, const float*, int64_t, int64_t, float*, int64_t, bool);
 
-template <class T, int kStep, int... kM>
+template <class T, int kStep, bool kStream, int... kM>
 constexpr std::array<Micro<T>, sizeof...(kM)> micros(std::integer_sequence<int, kM...>) {
-  return {&micro<T, kStep, kM + 1>...};
+  return {&micro<T, kStep, kStream, kM + 1>...};
 }
-template <class T, int kStep>
-constexpr auto kMicro = micros<T, kStep>(std::make_integer_sequence<int, kTall>());  // [rows - 1]
+template <class T, int kStep, bool kStream = false>
+constexpr auto kMicro = micros<T, kStep, kStream>(std::make_integer_sequence<int, kTall>());  // [rows - 1]

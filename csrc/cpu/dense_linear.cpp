@@ -1,5 +1,5 @@
 // dense_linear: y = x @ W.T + bias, W in panels of 32 outputs side by side.
-// Floor at 3072 x 576, fp32, up to 16 rows: 7.1 MB read, 0.24 ms at 30 GB/s (read, 2 threads); 3.5 Mflop a row, 15 us
+// Floor at 3072 x 576, fp32, up to 14 rows: 7.1 MB read, 0.24 ms at 30 GB/s (read, 2 threads); 3.5 Mflop a row, 15 us
 // at 235 Gflop/s (fp32, 2 threads at 3.67 GHz). Few rows are a stream of W through the cores, in the order it lies in,
 // and all else stays in the caches: oneDNN, its own layout or not, reads at 12 to 20 of those 30 GB/s. Reached:
 // bench/results/cpu/dense_linear.json.
