@@ -394,6 +394,13 @@ void descend_in_blocks(const Params& p, const Tensor& user, const Tensor& pairs,
   }
 }
 
+// Pairs that may be under way at once: a row that is in many of them keeps one of their changes and loses the others.
+// Twice as many as there are users, and items for each example four times over, lose few and still fill a GPU from some
+// thousand items on.
+int64_t most_at_once(const Params& p) {
+  return std::max<int64_t>(1, std::min(2 * p.users, 4 * p.items / (1 + p.negatives)));
+}
+
 template <int kVec>
 void descend_lock_free(const Params& p, double* total, const LaunchScope& scope) {
   int device = 0, processors = 0, each = 0;
@@ -401,7 +408,8 @@ void descend_lock_free(const Params& p, double* total, const LaunchScope& scope)
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const size_t shared = sizeof(float) * 2 * kWarps * static_cast<size_t>(1 + p.negatives);
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, hogwild_kernel<kVec>, kWarp * kWarps, shared);
-  const int64_t grid = std::min(ceil_div(p.n, kWarps), int64_t{std::max(1, each)} * processors);
+  const int64_t grid =
+      std::min({ceil_div(p.n, kWarps), ceil_div(most_at_once(p), kWarps), int64_t{std::max(1, each)} * processors});
   hogwild_kernel<kVec><<<static_cast<unsigned>(grid), kWarp * kWarps, shared, scope.stream()>>>(p, total);
   scope.check();
 }

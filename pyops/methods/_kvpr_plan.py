@@ -22,6 +22,8 @@ NF4_BLOCK = 64
 PACKED = 0.5 + 4 / NF4_BLOCK  # bytes an element: a nibble, and a part of the block's fp32 scale
 COMPRESSED = {None: "", "kv": "kv", "x": "x", "all": "kvx"}  # what each choice of `compress` keeps in 4 bits
 MEBI = 1 << 20
+# Bytes of a chunk of X. Copies run ahead of the layers, so that a large one costs little; a small one costs its launch.
+CHUNKS = tuple(n * MEBI for n in (2, 4, 8, 16, 32, 64))
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def best_plan(
     schedule: str = "auto",
     *,
     limit: int | None = None,
-    sizes: tuple[int, ...] = (2 * MEBI, 4 * MEBI, 8 * MEBI, 16 * MEBI),
+    sizes: tuple[int, ...] = CHUNKS,
     layers: int = 6,
 ) -> Plan:
     """The fastest of a schedule by step_seconds.

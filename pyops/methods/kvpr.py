@@ -25,6 +25,7 @@ from ..models.caches import Layer, append_rows
 from ._kvpr_device import Projection, Stage, Visit
 from ._kvpr_lanes import COMPUTE, COPY, STORE, Lanes, Mark, Timeline
 from ._kvpr_plan import (
+    CHUNKS,
     COMPRESSED,
     MEBI,
     WHO,
@@ -46,7 +47,7 @@ __all__ = ["HostMemoryError", "OffloadedCache", "Plan", "Profile", "Rates", "Sha
 
 SCHEDULES = ("auto", "full", "single", "pipeline", "column")
 PLAN_EVERY = 32  # rows after which the split is chosen anew
-COLUMN_CHUNK = 8 * MEBI  # bytes of X in one copy of the column schedule, whose copies wait for nobody
+COLUMN_CHUNK = 64 * MEBI  # bytes of X in one copy of the column schedule, whose copies wait for nobody
 
 
 class OffloadedCache:
@@ -62,7 +63,7 @@ class OffloadedCache:
             "pipeline", X in chunks; "column", the one at which batches that share weights (generate_column) keep the
             link and the GPU equally busy; or how many rows are recomputed (of those that there are).
         chunk: bytes of a chunk of X, of an integer split: one chunk when None. Of "pipeline" and "auto": the best of 2
-            to 16 MiB when None.
+            to 64 MiB when None.
         compress: what is stored in 4 bits: None, "kv", "x" or "all". Not exact then.
         pin: use pinned memory; on a GPU when None.
         segment: tokens by which the store grows, at least.
@@ -160,7 +161,7 @@ class OffloadedCache:
             rows = min(split, chunk_rows(self.shape, self.chunk or COLUMN_CHUNK))
             return Plan("column", split, rows, seconds, self.shape.copied(tokens, split) + self.weights)
         if isinstance(self.split, str):
-            sizes = (2 * MEBI, 4 * MEBI, 8 * MEBI, 16 * MEBI) if self.chunk is None else (self.chunk,)
+            sizes = CHUNKS if self.chunk is None else (self.chunk,)
             layers = self.decoder.architecture.layers
             return best_plan(self.shape, self.rates(tokens), tokens, self.split, sizes=sizes, layers=layers)
         split, chunk = self._fixed(tokens)
