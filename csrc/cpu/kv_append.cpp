@@ -173,6 +173,16 @@ void write_rows(const Side& s, const char* from, const Place& to, int64_t heads,
   for (int64_t h = 0; h < heads; ++h) std::memcpy(to.in(s, h), from + h * s.from_head, bytes);
 }
 
+// A sequence's new rows of one head, which lie one behind the other in a contiguous cache.
+void write_run(const Side& s, const char* from, const Place& to, int64_t head, int64_t rows, int64_t bytes) {
+  char* out = to.in(s, head);
+  if (s.to.row == bytes && s.from_row == bytes) {
+    std::memcpy(out, from, rows * bytes);
+    return;
+  }
+  for (int64_t t = 0; t < rows; ++t) std::memcpy(out + t * s.to.row, from + t * s.from_row, bytes);
+}
+
 // The operators.
 
 void kv_append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor lengths, std::optional<Tensor> block_table,
@@ -220,6 +230,17 @@ void kv_append(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor length
   Copy copy{side(k_cache, pages.table, &k), side(v_cache, pages.table, &v), pages, shape.heads,
             shape.dim * (k.scalar_type() == ScalarType::Float ? 4 : 2)};
   if (!rotary.cos) copy.join_heads();
+  if (!rotary.cos && !pages.table) {
+    return run(shape.batch * copy.heads, 2 * most * copy.row_bytes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / copy.heads, h = i % copy.heads;
+        for (const Side* s : {&copy.k, &copy.v}) {
+          const char* from = s->rows + b * s->from_batch + h * s->from_head;
+          write_run(*s, from, {b, length.at(b)}, h, count(b), copy.row_bytes);
+        }
+      }
+    });
+  }
   dispatch_float(k.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     run(shape.batch * most, 2 * copy.heads * copy.row_bytes, [&](int64_t begin, int64_t end) {
