@@ -35,6 +35,7 @@ from .bench_nf4 import LLAMA, SMOLLM
 from .page import MethodPage, five_digits
 
 AUTO, ALL = "auto", "all"  # r from the model; every row at once
+TURN = 8  # steps of a run before the next one's
 SAME_TOKENS = 16  # that every run must agree in: sums in another order decide later ones
 SOME_TOKENS = 0.5  # of these in 16 bits, where random weights make logits that are nearly equal
 
@@ -179,25 +180,27 @@ class Times(NamedTuple):
 def race(runs: dict[str, Callable[[], Ours | Theirs]], new: int, device: torch.device, exact: bool) -> dict[str, Times]:
     """`new` steps of every run, the mean without the first, which loads and captures.
 
-    On a CPU, whose cores others share, the runs take turns step by step, so that what disturbs one disturbs all. On a
-    GPU, whose memory holds one cache of the size, they come one after the other; there, in 16 bits, all follow the
-    first run's tokens as long as tokens are compared, since one that differs would make all later ones differ.
+    On a CPU, whose cores others share, the runs take turns of TURN steps, so that what disturbs one disturbs all, and
+    what the caches hold is a run's own but for the first of these. On a GPU, whose memory holds one cache of the size,
+    they come one after the other; there, in 16 bits, all follow the first run's tokens as long as tokens are compared,
+    since one that differs would make all later ones differ.
     """
     done: dict[str, Times] = {}
     lead: list[Tensor] = []
     for group in [[*runs]] if device.type == "cpu" else [[name] for name in runs]:
         texts = {name: runs[name]() for name in group}
         spent, tokens = dict.fromkeys(group, 0.0), {name: list[Tensor]() for name in group}
-        for step in range(new):
+        for turn in range(0, new, TURN):
             for name, text in texts.items():
-                start = _now(device)
-                token = text.step()
-                spent[name] += (_now(device) - start) if step else 0.0
-                if step < SAME_TOKENS:
-                    tokens[name].append(token)
-                    lead += [token] if len(lead) == step else []
-                    if not exact:
-                        text.follow(lead[step])
+                for step in range(turn, min(turn + TURN, new)):
+                    start = _now(device)
+                    token = text.step()
+                    spent[name] += (_now(device) - start) if step else 0.0
+                    if step < SAME_TOKENS:
+                        tokens[name].append(token)
+                        lead += [token] if len(lead) == step else []
+                        if not exact:
+                            text.follow(lead[step])
         for name, text in texts.items():
             ms = 1e3 * spent[name] / max(1, new - 1)
             done[name] = Times(ms, torch.stack(tokens[name], dim=1))
