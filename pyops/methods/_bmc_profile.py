@@ -21,7 +21,7 @@ from ._measured import machine, remembered
 
 MOST_BYTES = 1 << 30  # of the caches that are measured; layers beyond it are taken to cost what the others do
 REPEATS = 5
-FIRST_ROWS = 64  # to grow by while it is not known how long a step takes
+FIRST_ROWS, FIRST_SHARE = 64, 32  # to grow by, or one in so many, while it is not known how long a step takes
 
 
 class Shape(NamedTuple):
@@ -88,7 +88,7 @@ def costs_of(shape: Shape, rows: int, width: int = 1) -> Costs:
 def length_aware_r(shape: Shape, rows: int, pace: Pace, width: int = 1, accepted: float = 1.0) -> int:
     """smallest_r for a cache of `rows` rows, at the pace of its steps so far."""
     if pace.step is None:
-        return FIRST_ROWS
+        return max(FIRST_ROWS, rows // FIRST_SHARE)
     costs = costs_of(shape, rows, width)
     beside = max(0.0, pace.extra - costs.growth - costs.row_copied * rows)
     return smallest_r(costs, rows, pace.step, beside, accepted)

@@ -370,6 +370,12 @@ def test_auto_follows_the_model(known_costs):
     assert cache.capacity == held + bmc.smallest_r(COSTS, held, cache._pace.step, beside)
 
 
+def test_the_first_chunk_of_a_long_text_is_a_share_of_it(known_costs):
+    cache = some_cache(r="auto", most=6000)
+    cache.reserve(5000)
+    assert cache.capacity == 5000 + 5000 // 32
+
+
 def test_what_is_remembered_survives_bad_files(tmp_path):
     made = []
 
