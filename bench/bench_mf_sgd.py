@@ -21,12 +21,14 @@ from fastops import _registry
 from fastops.reference import mf_sgd as reference
 from fastops.testing import on_copies, poison
 
-from .harness import Bench, Call, Case, Outcome, first_line
+from .floors import cached_gbps
+from .harness import Bench, Call, Case, Outcome, Session, first_line
 from .timing import Effort
 
 SHAPES = {"ml-100k": (943, 1682, 100_000), "ml-1m": (6040, 3706, 1_000_000), "ml-10m": (69_878, 10_677, 10_000_000)}
 PARTS = {"ml-100k": 100_000, "ml-1m": 200_000, "ml-10m": 50_000}  # that a CPU is timed with: peers take a second
 PROVEN = 3 * reference.BLOCK + 100
+CACHED_BYTES = {"cuda": 16 << 20, "cpu": 1 << 20}  # copies of less are mostly launches
 SMALL_LR, LOSS_TOLERANCE, MOVE_TOLERANCE = 1e-5, 0.01, 0.1
 
 
@@ -120,6 +122,14 @@ class MfBench(Bench):
             else:
                 outcome.failures.append(f"{backend}: error {error:.3g}, at most {self.reference.budget:g} allowed")
         return errors, right
+
+    def _floor_us(self, call: Call, case: Case, session: Session) -> float:
+        """Or what its updates take in the caches that hold the tables, whose speed a copy of their size tells."""
+        user, item = call.args[:2]
+        size = 4 * (len(user) + len(item)) * (user.shape[1] + 1)
+        moved = reference.update_bytes(len(call.args[5]), call.kwargs["negatives"], user.shape[1])
+        in_caches = moved / (cached_gbps(session.device, max(size, CACHED_BYTES[session.device.type])) * 1e3)
+        return max(super()._floor_us(call, case, session), in_caches)
 
     def _error(self, backend: str, start: Call, got: tuple[Any, ...]) -> float:
         if start.kwargs["deterministic"]:

@@ -6,6 +6,7 @@ a larger part of a 32 MB output than of this copy.
 
 from __future__ import annotations
 
+import functools
 import mmap
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import FULL, Effort, Runner, cpu_spans_us, cuda_eager_us, free_memory
+from .timing import FULL, Effort, Runner, cpu_spans_us, cuda_eager_us, cuda_graph_us, free_memory
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}  # its usual dtype
@@ -64,6 +65,21 @@ def _buffer(device: torch.device) -> Tensor:
 def _copy_gbps(device: torch.device, effort: Effort) -> float:
     source, target = (_buffer(device).random_() for _ in range(2))
     return 2 * COPY_BYTES[device.type] / _clock(device, lambda: target.copy_(source), effort) / 1e3
+
+
+@functools.cache
+def cached_gbps(device: torch.device, size: int, effort: Effort = FULL) -> float:
+    """Bandwidth (read plus written) of whatever level of memory holds `size` bytes: of copies within so many, hot."""
+    source = torch.zeros(size // 16, dtype=torch.int64, device=device)
+    target, times = torch.empty_like(source), max(1, (64 << 20) // size)
+
+    def copies() -> None:
+        for _ in range(times):
+            target.copy_(source)
+
+    if device.type == "cpu":
+        return 2 * 8 * source.numel() * times / min(cpu_spans_us(copies, effort)) / 1e3
+    return 2 * 8 * source.numel() * times / cuda_graph_us([copies], effort) / 1e3
 
 
 def _matmul_tflops(device: torch.device, n: int, dtype: torch.dtype, effort: Effort) -> float:

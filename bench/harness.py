@@ -297,11 +297,15 @@ class Bench:
                 theirs[name] = round(_clock(peer.prepare, sets, graphed, session), 3)
             except Exception as why:
                 outcome.absent[name + where] = first_line(why)
-        floor = session.peaks.floor_us(self.reference.cost(*sets[0].args, **sets[0].kwargs), outcome.case.dtype)
+        floor = self._floor_us(sets[0], outcome.case, session)
         for backend, us in ours.items():
             outcome.records.append(
                 make_record(self, outcome.case, backend, us, floor, errors[backend], theirs, graphed, session.device)
             )
+
+    def _floor_us(self, call: Call, case: Case, session: Session) -> float:
+        """What the case takes at the device's peaks."""
+        return session.peaks.floor_us(self.reference.cost(*call.args, **call.kwargs), case.dtype)
 
 
 def first_line(error: Exception) -> str:

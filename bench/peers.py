@@ -426,15 +426,12 @@ def cat_sdpa(call: Call) -> Runner:
 
 
 MF_BATCH = 2048  # pairs a step of the loops below; smaller ones are slower
-MF_PAIRS = 200_000  # of a GPU's case: longer epochs of these loops take seconds a call
 MF_LOOP = "it is a loop of thousands of steps, each with its backward pass"
 
 
 def _mf_loop(call: Call, sparse: bool) -> Runner:
     """Embeddings, binary cross-entropy and SGD as everyone writes them; compiled unless gradients are sparse."""
     user, item, _, _, _, pairs = call.args
-    if user.is_cuda and len(pairs) > MF_PAIRS:
-        raise Absent(f"its epoch of {len(pairs)} pairs takes seconds")
     negatives, items = call.kwargs["negatives"], item.shape[0]
     tables = torch.nn.ModuleList(
         torch.nn.Embedding(len(t), t.reshape(len(t), -1).shape[1], sparse=sparse, device=t.device)
