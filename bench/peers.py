@@ -425,13 +425,17 @@ def cat_sdpa(call: Call) -> Runner:
     return run
 
 
-MF_BATCH = 2048  # pairs a step of the loops below; smaller ones are slower
+# Pairs a step of the loops below: as many as one of our blocks; or so many that a GPU is busy, at fewer steps an epoch.
+MF_BATCH, MF_LARGE = 2048, 65536
+MF_PAIRS = 1_000_000  # of a GPU's case: longer epochs in small steps take ten seconds
 MF_LOOP = "it is a loop of thousands of steps, each with its backward pass"
 
 
-def _mf_loop(call: Call, sparse: bool) -> Runner:
+def _mf_loop(call: Call, sparse: bool, batch: int = MF_BATCH) -> Runner:
     """Embeddings, binary cross-entropy and SGD as everyone writes them; compiled unless gradients are sparse."""
     user, item, _, _, _, pairs = call.args
+    if user.is_cuda and batch == MF_BATCH and len(pairs) > MF_PAIRS:
+        raise Absent(f"its epoch of {len(pairs)} pairs takes ten seconds")
     negatives, items = call.kwargs["negatives"], item.shape[0]
     tables = torch.nn.ModuleList(
         torch.nn.Embedding(len(t), t.reshape(len(t), -1).shape[1], sparse=sparse, device=t.device)
@@ -455,7 +459,7 @@ def _mf_loop(call: Call, sparse: bool) -> Runner:
 
     def run() -> Tensor:
         total = torch.zeros((), device=user.device)
-        for some in pairs.split(MF_BATCH):
+        for some in pairs.split(batch):
             sampled = torch.randint(items, (len(some), negatives), device=user.device)
             loss = compiled(some[:, 0], torch.cat([some[:, 1:], sampled], dim=1))
             optimizer.zero_grad(set_to_none=True)
@@ -503,6 +507,11 @@ def torch_mf(call: Call) -> Runner:
 def torch_compile_mf(call: Call) -> Runner:
     """The loss and its gradients through torch.compile; dense gradients."""
     return _mf_loop(call, sparse=False)
+
+
+def torch_compile_mf_large(call: Call) -> Runner:
+    """The same in steps of MF_LARGE pairs, which learns less in an epoch."""
+    return _mf_loop(call, sparse=False, batch=MF_LARGE)
 
 
 def implicit_bpr(call: Call) -> Runner:
@@ -570,6 +579,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "mf_sgd": {
         "torch": Peer(torch_mf, 0.3, MF_LOOP),
         "torch_compile": Peer(torch_compile_mf, 0.3, MF_LOOP),
+        "torch_compile_large": Peer(torch_compile_mf_large, math.inf, MF_LOOP, device="cuda"),
         "implicit": Peer(implicit_bpr, math.inf, device="cpu"),
     },
     "nf4_dequant": {
