@@ -21,6 +21,7 @@ per_backend = pytest.mark.parametrize(
 )
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(("cpu", CPU) not in BACKENDS, reason="no compiled CPU kernel")
 SAMPLES = [s.name for s in reference.samples(CPU, torch.float32)]
 op = torch.ops.fastops.dense_linear
 
@@ -57,6 +58,7 @@ def test_every_instruction_set(name, dtype, cpu_isa):
     assert reference.error(got, *s.args, **s.kwargs) <= reference.BUDGET
 
 
+@compiled
 @given(rows=st.integers(0, 40), n=st.integers(0, 70), k=st.integers(0, 1100), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=40)
 def test_any_size(rows, n, k, seed):
@@ -66,6 +68,7 @@ def test_any_size(rows, n, k, seed):
         assert reference.error(got, x, panels, n, bias=bias) <= reference.BUDGET
 
 
+@compiled
 def test_positive_numbers_add_up_as_well():
     """A long sum of one sign, whose partial sums are large: the rounding errors of long chains show."""
     x, panels = torch.rand(3, 8000), torch.rand(1, 8000, 32)
@@ -85,6 +88,7 @@ def test_panels_are_the_weight(n, k):
         fastops.dense_panels(torch.zeros(3))
 
 
+@compiled
 @per_dtype
 @pytest.mark.parametrize("rows", [2, 5, 14, 15, 31])
 def test_rows_do_not_influence_each_other(rows, dtype):
@@ -97,6 +101,7 @@ def test_rows_do_not_influence_each_other(rows, dtype):
     assert torch.equal(poisoned[1:], got[1:])
 
 
+@compiled
 @pytest.mark.parametrize("rows", [8, 300])
 def test_repeats_and_does_not_depend_on_threads(rows):
     x, panels, n, bias = make(rows, 900, 300)

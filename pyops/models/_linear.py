@@ -18,7 +18,7 @@ KINDS = ("dense", "nf4")
 
 
 class Dense(nn.Module):
-    """x @ weight.T + bias. On a CPU the weight is kept in dense_linear's panels; `weight` is then a copy."""
+    """x @ weight.T + bias. Where dense_linear has a kernel the weight is kept in its panels; `weight` is then a copy."""
 
     bias: Tensor | None
     _weight: Tensor
@@ -50,7 +50,7 @@ class Dense(nn.Module):
 
     def _lay_out(self) -> None:
         types = (torch.float32, torch.float16, torch.bfloat16)
-        if self._weight.device.type == "cpu" and self._weight.dtype in types:
+        if not DENSE.unavailable("cpu", self._weight.device) and self._weight.dtype in types:
             self._weight = dense_panels(self._weight)
 
     def forward(self, x: Tensor) -> Tensor:
