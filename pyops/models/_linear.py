@@ -18,7 +18,7 @@ KINDS = ("dense", "nf4")
 
 
 class Dense(nn.Module):
-    """x @ weight.T + bias. Where dense_linear has a kernel the weight is kept in its panels; `weight` is then a copy."""
+    """x @ weight.T + bias. Where dense_linear has a kernel the weight is in its panels; `weight` is then a copy."""
 
     bias: Tensor | None
     _weight: Tensor
