@@ -4,7 +4,7 @@ The tables change with every call, which is what they are for: each backend is p
 blocks by the reference's error. Lock-free no value is prescribed, but with steps so small that an example hardly
 changes the next, the mean loss must be that of the first values within LOSS_TOLERANCE and, on a CPU, where few updates
 are lost, the tables must move along the gradient there within MOVE_TOLERANCE: the share of these, times the budget,
-stands for the error.
+stands for the error. The floor counts what updates move through the caches that hold the tables.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class MfBench(Bench):
         user, item = call.args[:2]
         size = 4 * (len(user) + len(item)) * (user.shape[1] + 1)
         moved = reference.update_bytes(len(call.args[5]), call.kwargs["negatives"], user.shape[1])
-        in_caches = moved / (cached_gbps(session.device, max(size, CACHED_BYTES[session.device.type])) * 1e3)
+        in_caches = moved / (
+            cached_gbps(session.device, max(size, CACHED_BYTES[session.device.type]), session.effort) * 1e3
+        )
         return max(super()._floor_us(call, case, session), in_caches)
 
     def _error(self, backend: str, start: Call, got: tuple[Any, ...]) -> float:

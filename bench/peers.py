@@ -226,7 +226,7 @@ def bitsandbytes_dx(call: Call) -> Runner:
     return lambda: torch.matmul(dy, dequantize(packed, state).to(dy.dtype))
 
 
-def dense_linear(call: Call) -> Runner:
+def expanded_linear(call: Call) -> Runner:
     """The dense layer: the weight expanded once, in x's dtype."""
     return functools.partial(F.linear, call.args[0], _expand(_weight(call)))
 
@@ -250,7 +250,7 @@ def onednn_linear(call: Call) -> Runner:
     return functools.partial(torch.ops.mkldnn._linear_pointwise, x, laid_out, call.kwargs.get("bias"), "none", [], "")
 
 
-def dense_dx(call: Call) -> Runner:
+def expanded_dx(call: Call) -> Runner:
     """The gradient of the dense layer."""
     return functools.partial(torch.matmul, call.args[0], _expand(_weight_of_dx(call)))
 
@@ -554,9 +554,9 @@ def torch_received(call: Call) -> Runner:
 PRODUCT = 1e-2
 FORWARD = {
     "bitsandbytes": Peer(bitsandbytes_linear, PRODUCT),
-    "cublas": Peer(dense_linear, PRODUCT, device="cuda"),
+    "cublas": Peer(expanded_linear, PRODUCT, device="cuda"),
     "dequant+cublas": Peer(dequant_linear, PRODUCT, device="cuda"),
-    "torch": Peer(dense_linear, PRODUCT, device="cpu"),
+    "torch": Peer(expanded_linear, PRODUCT, device="cpu"),
     "gnf4": Peer(gnf4_linear, PRODUCT, device="cuda"),
     "torchao": Peer(torchao_linear, tolerance=2e-2, device="cuda"),
 }
@@ -601,9 +601,9 @@ PEERS: dict[str, dict[str, Peer]] = {
     "nf4_linear": FORWARD,
     "nf4_linear_dx": {
         "bitsandbytes": Peer(bitsandbytes_dx, PRODUCT),
-        "cublas": Peer(dense_dx, PRODUCT, device="cuda"),
+        "cublas": Peer(expanded_dx, PRODUCT, device="cuda"),
         "dequant+cublas": Peer(dequant_dx, PRODUCT, device="cuda"),
-        "torch": Peer(dense_dx, PRODUCT, device="cpu"),
+        "torch": Peer(expanded_dx, PRODUCT, device="cpu"),
     },
     "split_attn": {"cat+sdpa": Peer(cat_sdpa, PRODUCT), "sdpa": Peer(joined_sdpa, PRODUCT)},
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 CUDA_FLUSH_BYTES = 512 << 20
-LONG_US = 1e5
+LONG_US = 1e5  # a call that takes longer is timed three times
 FLUSH_US = 170.0  # what the pass takes at 3 TB/s: longer than any host takes to launch what comes next
 ROTATION_L2 = 4  # input sets of a graph fill L2 this many times
 GRAPH_US = 3000.0  # work of one graph, so that its launch weighs less than 0.2 %

@@ -56,7 +56,7 @@ STEPS, WARM = 6, 2
 LOGITS_TOLERANCE = 2e-2  # of a step's logits from those of the resident cache, by norm, in fp16
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows, on the grid
 SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # round the split that the scheduler chose
-CHUNK = 32 << 20
+CHUNK = 32 << 20  # bytes of X in a chunk of a given split
 BATCHES = 4  # that share a load of a layer's weights in the column schedule
 SMOLLM, TEXTS, PROMPT, SCORED = smollm2.NAME, 8, 256, 96
 

@@ -16,7 +16,7 @@ static_assert(kPanel % kWidth == 0);
 // Floats from one step along K to the next in a group of x: a single group lies tight.
 int64_t step_of(const RowGroups& groups) { return groups.count == 1 ? groups.size : kLanes; }
 
-// Group `group` of the rows m0 … of x, as tiles of kDepth units along K; `step` floats from one to the next.
+// Group `group` of the rows m0 … of x, as tiles of job.depth units along K; `step` floats from one to the next.
 template <class T>
 FO_KERNEL void pack_x(const Job& job, int64_t m0, const RowGroups& groups, int64_t group, float* packed) {
   const int64_t first = m0 + groups.start(group), count = m0 + groups.start(group + 1) - first;
@@ -29,8 +29,8 @@ FO_KERNEL void pack_x(const Job& job, int64_t m0, const RowGroups& groups, int64
     for (int64_t i = 0; i < job.k; ++i) packed[i] = to_float(rows[0][i]);
     return;
   }
-  for (int64_t u0 = 0; u0 < all; u0 += kDepth) {
-    const int64_t units = std::min(kDepth, all - u0);
+  for (int64_t u0 = 0; u0 < all; u0 += job.depth) {
+    const int64_t units = std::min(job.depth, all - u0);
     transpose_units(rows, job.k - u0 * kPerUnit<T>, units, packed + (u0 * groups.count + group * units) * step, step);
     for (int i = 0; i < kLanes; ++i) rows[i] += units * kPerUnit<T>;
   }
@@ -73,8 +73,8 @@ FO_KERNEL void multiply(const Job& job, int64_t panel, int64_t m0, const RowGrou
   for (int64_t n0 = panel * kPanel; n0 < std::min(job.n, (panel + 1) * kPanel); n0 += kWidth) {
     const T* w = static_cast<const T*>(job.panels) + panel * kPanel * job.k + n0 % kPanel;
     if (all == 0) std::memset(sums, 0, static_cast<size_t>(count * kWidth) * sizeof(float));
-    for (int64_t u0 = 0; u0 < all; u0 += kDepth) {
-      const int64_t units = std::min(kDepth, all - u0), k0 = u0 * kPerUnit<T>;
+    for (int64_t u0 = 0; u0 < all; u0 += job.depth) {
+      const int64_t units = std::min(job.depth, all - u0), k0 = u0 * kPerUnit<T>;
       const T* tile = w + k0 * kPanel;
       const float* x = packed + (u0 * groups.count + g_first * units) * step;
       // Pairs are joined on the way where few groups read them; for many, or an odd end, they are laid out once.

@@ -1,8 +1,8 @@
 // dense_linear: y = x @ W.T + bias, W in panels of 32 outputs side by side.
 // Floor at 3072 x 576, fp32, up to 14 rows: 7.1 MB read, 0.24 ms at 30 GB/s (read, 2 threads); 3.5 Mflop a row, 15 us
 // at 235 Gflop/s (fp32, 2 threads at 3.67 GHz). Few rows are a stream of W through the cores, in the order it lies in,
-// and all else stays in the caches: oneDNN, its own layout or not, reads at 12 to 20 of those 30 GB/s. Reached:
-// bench/results/cpu/dense_linear.json.
+// and all else stays in the caches; torch's own layer reads at 12 of those 30 GB/s.
+// Reached: bench/results/cpu/dense_linear.json.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kOp[] = "dense_linear";
 constexpr int64_t kPanel = 32;             // outputs of a panel
-constexpr int64_t kDepth = 128;            // products added up one after the other: 16 KiB of a panel, in the L1 cache
+constexpr int64_t kDepth = 128;            // units added up one after the other, at most; see depth_of()
 constexpr int64_t kBlockRows = 252;        // rows of x laid out at a time, which the L2 cache holds
 constexpr int64_t kGrainBytes = 64 << 10;  // of W that are worth another thread
 
@@ -29,8 +29,11 @@ struct Job {
   const void* panels;
   const void* bias;  // null where there is none
   void* out;         // [M, N]
-  int64_t n, k;
+  int64_t n, k, depth;
 };
+
+// The rounding errors of a chain of sums weigh less where there are more chains, and those of adding up many more.
+constexpr int64_t depth_of(int64_t k) { return k <= 512 ? kDepth / 4 : k <= 2048 ? kDepth / 2 : kDepth; }
 
 // The kernels for one instruction set and dtype.
 struct Kernels {
@@ -105,7 +108,8 @@ Tensor dense_linear(Tensor x, Tensor panels, int64_t out_features, std::optional
                 added ? added->const_data_ptr() : nullptr,
                 out.mutable_data_ptr(),
                 out_features,
-                k};
+                k,
+                depth_of(k)};
   dispatch_float(x.scalar_type(), [&](auto zero) {
     const Kernels kernels = kernels_for<decltype(zero)>(active_isa);
     const RowGroups blocks(rows, kBlockRows);

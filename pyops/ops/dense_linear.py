@@ -58,11 +58,11 @@ def dense_panels(weight: Tensor) -> Tensor:
         fail("dense_panels", f"weight must be [N, K], got {list(weight.shape)}")
     n, k = weight.shape
     whole = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -n % PANEL))
-    return whole.view(-(-n // PANEL), PANEL, k).transpose(1, 2).contiguous()
+    return whole.view(-(-n // PANEL), PANEL, k).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def dense_weight(panels: Tensor, out_features: int) -> Tensor:
-    """The weight [N, K] that dense_panels laid out; a copy."""
+    """The weight [N, K] that dense_panels laid out."""
     return reference.plain(panels, out_features)
 
 

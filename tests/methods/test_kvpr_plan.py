@@ -138,7 +138,7 @@ def test_the_pipeline_beats_the_single_split(hidden, least):
 
 
 def test_slow_launches_make_chunks_large():
-    """Half a millisecond a chunk, as eager Triton took on an H100, costs a few per cent and not the gain."""
+    """Half a millisecond a chunk, about what a grid on an H100 showed, costs a few per cent and not the gain."""
     shape = Shape(32, 4096, 4096)
     rates = [Rates(PCIE, GPU, other=1e-4, launch=launch) for launch in (1e-5, 5e-4)]
     fast, slow = (best_plan(shape, rate, 1024, "pipeline") for rate in rates)
