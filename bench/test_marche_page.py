@@ -67,7 +67,9 @@ def test_training_repeats_and_learns() -> None:
 
     def loss(model: object) -> float:
         with torch.no_grad():
-            draws = [digits.loss_of(model, tokens, labels[:64], torch.Generator().manual_seed(i)) for i in range(4)]
+            draws = [
+                digits.loss_of(model, tokens, labels[:64], 16 * i, torch.Generator().manual_seed(i)) for i in range(4)
+            ]
         return float(sum(draws))
 
     untrained = digits.train(dataclasses.replace(tiny, steps=0), torch.device("cpu"))

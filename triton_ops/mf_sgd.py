@@ -1,13 +1,14 @@
 """mf_sgd in Triton: one pass of SGD over pairs and their sampled negatives, in place.
 
 Two numbers at 6040 x 3706 tables, F = 64, 10^6 pairs, 4 negatives: 3.1 GB through L2 (the tables, 2.5 MB, stay there),
-0.6 ms at some 5 TB/s. Lock-free, a program takes PAIRS pairs with their negatives and one launch does it all. In
-blocks, torch's stable sort puts the occurrences of a row side by side, for many blocks at a time; a block is then four
-launches (gradients, the steps of items and of users, the global bias), which bound it.
+0.6 ms at some 5 TB/s. Lock-free, a program takes PAIRS pairs with their negatives at a time, one launch does it all.
+In blocks, torch's stable sort puts the occurrences of a row side by side, for many blocks at a time; a block is then
+four launches (gradients, the steps of items and of users, the global bias), which bound it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,38 +172,39 @@ def _bias_kernel(global_bias_ptr, keys_ptr, sum_ptr, loss_ptr, total_ptr, size, 
 @triton.jit(do_not_specialize=["n", "users", "items", "examples", "seed", "offset"])
 def _hogwild_kernel(
     user_ptr, item_ptr, user_bias_ptr, item_bias_ptr, global_bias_ptr, pairs_ptr, loss_ptr, n, users, items, examples,
-    lr, reg, seed, offset, F: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    lr, reg, bias_step, seed, offset, F: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """PAIRS pairs with their negatives; of several changes of a row at once, one stays, or parts of each."""
+    """PAIRS pairs with their negatives at a time; of several changes of a row at once, one stays, or parts of each."""
     program = tl.program_id(0).to(tl.int64)
-    i = program * PAIRS + tl.arange(0, PAIRS)
-    user, own, good = _pairs_of(pairs_ptr, i, n, users, items)
     f = tl.arange(0, WIDTH)
-    inside = good[:, None] & (f < F)[None, :]
-    p = tl.load(user_ptr + user[:, None] * F + f[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    user_bias = tl.load(user_bias_ptr + user, mask=good, other=0.0, cache_modifier=".cg")
-    bias = user_bias + tl.load(global_bias_ptr, cache_modifier=".cg")
-    total = tl.zeros((PAIRS, WIDTH), tl.float32)
-    loss = tl.zeros((PAIRS,), tl.float32)
-    sum_ = tl.zeros((PAIRS,), tl.float32)
-    for j in range(examples):
-        item = _item_of(offset + i, own, j, seed, items)
-        q_ptr = item_ptr + item[:, None] * F + f[None, :]
-        q = tl.load(q_ptr, mask=inside, other=0.0, cache_modifier=".cg")
-        item_bias = tl.load(item_bias_ptr + item, mask=good, other=0.0, cache_modifier=".cg")
-        g, each = _loss_of(tl.sum(p * q, axis=1) + (bias + item_bias), j == 0)
-        total += g[:, None] * q
-        loss += tl.where(good, each, 0.0)
-        sum_ += tl.where(good, g, 0.0)
-        tl.store(q_ptr, q - lr * (g[:, None] * p + reg * q), mask=inside)
-        tl.store(item_bias_ptr + item, item_bias - lr * (g + reg * item_bias), mask=good)
     decay = examples.to(tl.float32) * reg
-    tl.store(user_ptr + user[:, None] * F + f[None, :], p - lr * (total + decay * p), mask=inside)
-    tl.store(user_bias_ptr + user, user_bias - lr * (sum_ + decay * user_bias), mask=good)
-    count = tl.sum(good.to(tl.int32), axis=0) * examples
-    before = tl.load(global_bias_ptr, cache_modifier=".cg")
-    tl.store(global_bias_ptr, before - _step_of(lr, count) * tl.sum(sum_, axis=0))
-    tl.store(loss_ptr + program, tl.sum(loss, axis=0))
+    all_losses = tl.zeros((PAIRS,), tl.float64)
+    for start in range(program * PAIRS, n, tl.num_programs(0).to(tl.int64) * PAIRS):
+        i = start + tl.arange(0, PAIRS)
+        user, own, good = _pairs_of(pairs_ptr, i, n, users, items)
+        inside = good[:, None] & (f < F)[None, :]
+        p = tl.load(user_ptr + user[:, None] * F + f[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        user_bias = tl.load(user_bias_ptr + user, mask=good, other=0.0, cache_modifier=".cg")
+        bias = user_bias + tl.load(global_bias_ptr, cache_modifier=".cg")
+        total = tl.zeros((PAIRS, WIDTH), tl.float32)
+        loss = tl.zeros((PAIRS,), tl.float32)
+        sum_ = tl.zeros((PAIRS,), tl.float32)
+        for j in range(examples):
+            item = _item_of(offset + i, own, j, seed, items)
+            q_ptr = item_ptr + item[:, None] * F + f[None, :]
+            q = tl.load(q_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+            item_bias = tl.load(item_bias_ptr + item, mask=good, other=0.0, cache_modifier=".cg")
+            g, each = _loss_of(tl.sum(p * q, axis=1) + (bias + item_bias), j == 0)
+            total += g[:, None] * q
+            loss += tl.where(good, each, 0.0)
+            sum_ += tl.where(good, g, 0.0)
+            tl.store(q_ptr, q - lr * (g[:, None] * p + reg * q), mask=inside)
+            tl.store(item_bias_ptr + item, item_bias - lr * (g + reg * item_bias), mask=good)
+        tl.store(user_ptr + user[:, None] * F + f[None, :], p - lr * (total + decay * p), mask=inside)
+        tl.store(user_bias_ptr + user, user_bias - lr * (sum_ + decay * user_bias), mask=good)
+        tl.atomic_add(global_bias_ptr, -bias_step * tl.sum(sum_, axis=0), sem="relaxed")
+        all_losses += loss
+    tl.store(loss_ptr + program, tl.sum(all_losses, axis=0))
 
 
 def config_for(device: torch.device, factors: int) -> dict[str, Any]:
@@ -215,6 +217,17 @@ def _fit(config: dict[str, Any], width: int) -> dict[str, Any]:
     """Fewer pairs where their rows would not fit a program's registers."""
     most = MAX_EACH * 32 * config["num_warps"] // width
     return {**config, "PAIRS": max(1, min(config["PAIRS"], most))}
+
+
+def _most_at_once(users: int, items: int, examples: int) -> int:
+    """Pairs that may be under way at once: a row in many of them keeps one of their changes, from an old value."""
+    return max(1, min(2 * users, 4 * items // examples))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; in the interpreter, which runs one program after the other, any number will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _runs(keys: Tensor) -> Tensor:
@@ -308,25 +321,31 @@ def launch(
         if deterministic:
             loss = _in_blocks(tables, pairs, negatives, lr, reg, seed, offset, config)
         else:
-            programs = triton.cdiv(n, config["PAIRS"])
-            losses = user.new_empty(programs)
+            most = _most_at_once(user.shape[0], item.shape[0], examples)
+            config = {**config, "PAIRS": min(config["PAIRS"], 1 << (most.bit_length() - 1))}
+            programs = min(triton.cdiv(n, config["PAIRS"]), most // config["PAIRS"], _processors(user.device) * 8)
+            # All programs take their gradients of the global bias at about the same value, and no step of it is lost.
+            together = min(n, programs * config["PAIRS"]) * examples
+            bias_step = lr * min(1.0, CAP.value / together)
+            losses = user.new_empty(programs, dtype=torch.float64)
             _hogwild_kernel[(programs,)](
-                *tables, pairs, losses, n, user.shape[0], item.shape[0], examples, lr, reg, seed, offset, F=factors,
-                WIDTH=width, **config,
+                *tables, pairs, losses, n, user.shape[0], item.shape[0], examples, lr, reg, bias_step, seed, offset,
+                F=factors, WIDTH=width, **config,
             )  # fmt: skip
-            loss = losses.sum(dtype=torch.float64)
+            loss = losses.sum()
     return (loss / (n * examples)).to(torch.float32)
 
 
 _TABLES = {f"{name}_ptr": "*fp32" for name in ("user", "item", "user_bias", "item_bias", "global_bias")}
 _STREAM = {"pairs_ptr": "*i64"} | {n: "i64" for n in ("first", "size", "n", "users", "items", "seed", "offset")}
-_RATES = {"lr": "fp32", "reg": "fp32", "examples": "i32"}
+_RATES = {"lr": "fp32", "reg": "fp32", "bias_step": "fp32", "examples": "i32"}
 _BLOCK_SCRATCH = {f"{n}_ptr": "*fp32" for n in ("gradient", "user_gradient", "user_row", "loss", "sum")}
 
 
 def _specialization(name: str, kernel: Any, constants: dict[str, Any], config: dict[str, Any]) -> _aot.Specialization:
     """The types of whatever arguments the kernel has."""
     known = _TABLES | _STREAM | _RATES | _BLOCK_SCRATCH
+    known["loss_ptr"] = "*fp64" if kernel is _hogwild_kernel else "*fp32"
     known |= {"item_keys_ptr": "*i64", "user_keys_ptr": "*i64", "keys_ptr": "*i64", "order_ptr": "*i64"}
     known |= {"count_ptr": "*i32", "table_ptr": "*fp32", "bias_ptr": "*fp32", "weight_ptr": "*fp32", "before": "i64"}
     known |= {"values_ptr": "*fp32", "bias_gradient_ptr": "*fp32", "total_ptr": "*fp64"}

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor, nn
 
 from fastops.methods import Marche, MarcheConfig
@@ -37,6 +38,7 @@ from ..peers import Absent
 KEPT = Path(__file__).parents[2] / ".models"
 INSIDE = "sklearn/datasets/data/digits.csv.gz"
 HELD_OUT = 360  # images that the classifier does not see
+COUNTS = 24  # moments of generation that training knows
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,15 @@ def initialise(mar: Mar) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def loss_of(mar: Mar, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the noise predicted for the masked tokens of a batch [B, tokens, token_dim]."""
+def known_counts(total: int) -> list[int]:
+    """How many tokens may be known in a training step: as the cosine schedule of generation meets them, evenly."""
+    moments = ((2 * i + 1) / (2 * COUNTS) for i in range(COUNTS))
+    return [min(total - 1, math.floor(total * (1 - math.cos(math.pi / 2 * moment)))) for moment in moments]
+
+
+def loss_of(mar: Mar, tokens: Tensor, labels: Tensor, known: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the noise predicted for all but `known` tokens of a batch [B, tokens, token_dim]."""
     batch, total, device = len(tokens), mar.config.tokens, tokens.device
-    # Known tokens as the cosine schedule of generation meets them.
-    draw = float(torch.rand((), generator=generator, device=device))
-    known = min(total - 1, math.floor(total * (1 - math.cos(math.pi / 2 * draw))))
     places = random_places(batch, total, generator)
     ordered = tokens.gather(1, places[:, :, None].expand_as(tokens))
     dropped = torch.rand(batch, 1, generator=generator, device=device) < 0.1
@@ -177,7 +182,7 @@ def loss_of(mar: Mar, tokens: Tensor, labels: Tensor, generator: torch.Generator
     z = mar.predict(ordered[:, :known], condition, places, total - known).flatten(0, 1)
     target = ordered[:, known:].flatten(0, 1)
     step = torch.randint(TRAINED_STEPS, (len(target),), generator=generator, device=device)
-    signal = cosine_signal().to(device, torch.float32)[step][:, None]
+    signal = signal_on(device)[step][:, None]
     noise = torch.randn(target.shape, generator=generator, device=device)
     net = mar.diffloss.net
     noisy = signal.sqrt() * target + (1 - signal).sqrt() * noise
@@ -185,44 +190,97 @@ def loss_of(mar: Mar, tokens: Tensor, labels: Tensor, generator: torch.Generator
     return F.mse_loss(predicted.float(), noise)
 
 
-def train(setting: Setting, device: torch.device) -> Mar:
-    """The model with the moving average of its weights; bf16 on a GPU."""
-    pixels, labels = images(setting.side)
-    mean, deviation = moments(setting.side)
-    data = ((pixels - mean) / deviation).flatten(1)[:, :, None].to(device)
-    labels = labels.to(device)
-    torch.manual_seed(setting.seed)
-    mar = Mar(setting.model)
-    initialise(mar)
-    mar.to(device)
-    averaged = {name: p.detach().clone() for name, p in mar.named_parameters()}
-    fused = device.type == "cuda"  # one launch instead of hundreds
-    optimizer = torch.optim.AdamW(mar.parameters(), setting.rate, betas=(0.9, 0.95), weight_decay=0.02, fused=fused)
-    generator = torch.Generator(device).manual_seed(setting.seed)
-    warm = max(1, min(500, setting.steps // 10))
-    for step in range(setting.steps):
-        rate = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / setting.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = setting.rate * rate
-        some = torch.randint(len(data), (setting.batch,), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(mar, data[some], labels[some], generator)
-        optimizer.zero_grad()
+@functools.cache
+def signal_on(device: torch.device) -> Tensor:
+    """cosine_signal() in fp32 on a device."""
+    return cosine_signal().to(device, torch.float32)
+
+
+class Training:
+    """A setting's model on a device, and what a step of its training needs; on a GPU in bf16, and no step waits for it.
+
+    Eager, launches bound a step, however small the batch. So steps are captured in CUDA graphs, one for each count.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        pixels, labels = images(setting.side)
+        mean, deviation = moments(setting.side)
+        self.batch, self.device = setting.batch, device
+        self.data = ((pixels - mean) / deviation).flatten(1)[:, :, None].to(device)
+        self.labels = labels.to(device)
+        torch.manual_seed(setting.seed)
+        self.mar = Mar(setting.model)
+        initialise(self.mar)
+        self.mar.to(device)
+        self.generator = torch.Generator(device).manual_seed(setting.seed)
+        self.averaged = {name: p.detach().clone() for name, p in self.mar.named_parameters()}
+        self.rate = torch.zeros((), device=device)
+        gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.mar.parameters(), self.rate, betas=(0.9, 0.95), weight_decay=0.02, fused=gpu, capturable=gpu
+        )
+        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def eager(self, known: int) -> None:
+        """A step on a random batch, of whose tokens so many are known."""
+        some = torch.randint(len(self.data), (self.batch,), generator=self.generator, device=self.device)
+        gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu, cache_enabled=False):
+            loss = loss_of(self.mar, self.data[some], self.labels[some], known, self.generator)
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(mar.parameters(), 1.0)
-        optimizer.step()
-        keep = min(0.999, (1 + step) / (10 + step))
+        nn.utils.clip_grad_norm_(self.mar.parameters(), 1.0)
+        self.optimizer.step()
+
+    def capture(self, counts: list[int]) -> None:
+        """Graphs of the steps, in one pool of memory: none runs beside another."""
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            for known in (counts[0], counts[-1], counts[0]):  # at a rate of 0: what is made at first use is made
+                self.eager(known)
+        stream.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        for known in dict.fromkeys(counts):
+            self.optimizer.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self.eager(known)
+            self.captured[known] = graph
+
+    def step(self, known: int, rate: float, keep: float) -> None:
+        """A step at this rate, after which the moving average keeps this share of itself."""
+        self.rate.fill_(rate)
+        if self.captured:
+            self.captured[known].replay()
+        else:
+            self.eager(known)
         with torch.no_grad():
-            parameters = [p for _, p in mar.named_parameters()]
-            torch._foreach_lerp_(list(averaged.values()), parameters, 1 - keep)
-    mar.load_state_dict(averaged)
+            parameters = [p for _, p in self.mar.named_parameters()]
+            torch._foreach_lerp_(list(self.averaged.values()), parameters, 1 - keep)
+
+
+def train(setting: Setting, device: torch.device) -> Mar:
+    """The model with the moving average of its weights."""
+    training = Training(setting, device)
+    counts = known_counts(setting.model.tokens)
+    if device.type == "cuda" and setting.steps > 0:
+        training.capture(counts)
+    chosen = torch.randint(len(counts), (setting.steps,), generator=torch.Generator().manual_seed(setting.seed))
+    warm = max(1, min(500, setting.steps // 10))
+    for step, place in enumerate(track(chosen.tolist(), description="training", transient=True)):
+        rate = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / setting.steps))
+        training.step(counts[place], setting.rate * rate, min(0.999, (1 + step) / (10 + step)))
+    training.optimizer.zero_grad()
+    mar = training.mar
+    mar.load_state_dict(training.averaged)
     return mar.eval().requires_grad_(False)
 
 
 @functools.cache
 def trained(setting: Setting, device: torch.device) -> Mar:
     """The weights in .models/ where this setting was trained before, else trained now and kept there."""
-    training = (setting.side, setting.model, setting.steps, setting.batch, setting.rate, setting.seed)
+    training = (setting.side, setting.model, setting.steps, setting.batch, setting.rate, setting.seed, COUNTS)
     stamp = hashlib.sha256(repr(training).encode()).hexdigest()[:12]
     path = KEPT / f"mar-{setting.name}-{stamp}.pt"
     if path.is_file():

@@ -263,7 +263,8 @@ __global__ void __launch_bounds__(kWarp* kWarps) steps_kernel(const Params p, co
 // A warp for each of `warps` interleaved sets of pairs, one after the other. Where two warps change the same row at
 // once, one of the changes is lost, or parts of both stay: what is written is always a step from what was read.
 template <int kVec>
-__global__ void __launch_bounds__(kWarp* kWarps, 5) hogwild_kernel(const Params p, double* total_loss) {
+__global__ void __launch_bounds__(kWarp* kWarps, 5)
+    hogwild_kernel(const Params p, float bias_step, double* total_loss) {
   extern __shared__ float shared[];  // for each warp [examples] gradients and [examples] items
   const int lane = threadIdx.x % kWarp, mine = threadIdx.x / kWarp, examples = 1 + p.negatives;
   float* gradient = shared + mine * 2 * examples;
@@ -319,15 +320,14 @@ __global__ void __launch_bounds__(kWarp* kWarps, 5) hogwild_kernel(const Params 
       const float before = __ldcg(p.user_bias + user);
       __stcg(p.user_bias + user, before - p.lr * fmaf(decay, before, sum));
       if (pairs % kBiasEvery == 0) {
-        __stcg(p.global_bias, __ldcg(p.global_bias) - step_of(p.lr, int64_t{kBiasEvery} * examples) * pending);
+        atomicAdd(p.global_bias, -bias_step * pending);
         pending = 0.0f;
       }
     }
     __syncwarp();  // before the next pair's items replace these
   }
   if (lane == 0) {
-    const int left = pairs % kBiasEvery;
-    if (left) __stcg(p.global_bias, __ldcg(p.global_bias) - step_of(p.lr, int64_t{left} * examples) * pending);
+    if (pairs % kBiasEvery) atomicAdd(p.global_bias, -bias_step * pending);
     atomicAdd(total_loss, loss);
   }
 }
@@ -410,7 +410,10 @@ void descend_lock_free(const Params& p, double* total, const LaunchScope& scope)
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, hogwild_kernel<kVec>, kWarp * kWarps, shared);
   const int64_t grid =
       std::min({ceil_div(p.n, kWarps), ceil_div(most_at_once(p), kWarps), int64_t{std::max(1, each)} * processors});
-  hogwild_kernel<kVec><<<static_cast<unsigned>(grid), kWarp * kWarps, shared, scope.stream()>>>(p, total);
+  // All warps take their gradients of the global bias at about the same value, and none of its steps is lost.
+  const int64_t together = std::min(p.n, grid * kWarps * kBiasEvery) * (1 + p.negatives);
+  hogwild_kernel<kVec><<<static_cast<unsigned>(grid), kWarp * kWarps, shared, scope.stream()>>>(
+      p, step_of(p.lr, together), total);
   scope.check();
 }
 
