@@ -412,8 +412,8 @@ void descend_lock_free(const Params& p, double* total, const LaunchScope& scope)
       std::min({ceil_div(p.n, kWarps), ceil_div(most_at_once(p), kWarps), int64_t{std::max(1, each)} * processors});
   // All warps take their gradients of the global bias at about the same value, and none of its steps is lost.
   const int64_t together = std::min(p.n, grid * kWarps * kBiasEvery) * (1 + p.negatives);
-  hogwild_kernel<kVec><<<static_cast<unsigned>(grid), kWarp * kWarps, shared, scope.stream()>>>(
-      p, step_of(p.lr, together), total);
+  hogwild_kernel<kVec>
+      <<<static_cast<unsigned>(grid), kWarp * kWarps, shared, scope.stream()>>>(p, step_of(p.lr, together), total);
   scope.check();
 }
 
