@@ -60,7 +60,7 @@ class Setting:
 
 FULL = Setting(
     "digits", 16, MarConfig(192, 6, 3, 256, 3, tokens=256, token_dim=1, buffer=64, classes=10),
-    steps=12000, batch=256, rate=6e-4, generation_steps=64, head_steps=50, cfg=2.0, a_class=200,
+    steps=16000, batch=128, rate=6e-4, generation_steps=64, head_steps=50, cfg=2.0, a_class=200,
 )  # fmt: skip
 SMALL = Setting(
     "digits-small", 8, MarConfig(64, 3, 2, 96, 2, tokens=64, token_dim=1, buffer=8, classes=10),
@@ -169,7 +169,8 @@ def initialise(mar: Mar) -> None:
 def known_counts(total: int) -> list[int]:
     """How many tokens may be known in a training step: as the cosine schedule of generation meets them, evenly."""
     moments = ((2 * i + 1) / (2 * COUNTS) for i in range(COUNTS))
-    return [min(total - 1, math.floor(total * (1 - math.cos(math.pi / 2 * moment)))) for moment in moments]
+    counts = (min(total - 1, math.floor(total * (1 - math.cos(math.pi / 2 * moment)))) for moment in moments)
+    return list(dict.fromkeys(counts))
 
 
 def loss_of(mar: Mar, tokens: Tensor, labels: Tensor, known: int, generator: torch.Generator) -> Tensor:
@@ -199,7 +200,8 @@ def signal_on(device: torch.device) -> Tensor:
 class Training:
     """A setting's model on a device, and what a step of its training needs; on a GPU in bf16, and no step waits for it.
 
-    Eager, launches bound a step, however small the batch. So steps are captured in CUDA graphs, one for each count.
+    Eager, launches bound a step, however small the batch. So steps are compiled, and captured in CUDA graphs, one for
+    each count.
     """
 
     def __init__(self, setting: Setting, device: torch.device) -> None:
@@ -234,13 +236,14 @@ class Training:
 
     def capture(self, counts: list[int]) -> None:
         """Graphs of the steps, in one pool of memory: none runs beside another."""
+        self.mar.compile_glue()
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
-            for known in (counts[0], counts[-1], counts[0]):  # at a rate of 0: what is made at first use is made
+            for known in counts:  # at a rate of 0: what is compiled or made at first use is there
                 self.eager(known)
         stream.synchronize()
         pool = torch.cuda.graph_pool_handle()
-        for known in dict.fromkeys(counts):
+        for known in counts:
             self.optimizer.zero_grad()
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
@@ -271,10 +274,9 @@ def train(setting: Setting, device: torch.device) -> Mar:
     for step, place in enumerate(track(chosen.tolist(), description="training", transient=True)):
         rate = min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / setting.steps))
         training.step(counts[place], setting.rate * rate, min(0.999, (1 + step) / (10 + step)))
-    training.optimizer.zero_grad()
-    mar = training.mar
+    mar = Mar(setting.model)
     mar.load_state_dict(training.averaged)
-    return mar.eval().requires_grad_(False)
+    return mar.to(device).eval().requires_grad_(False)
 
 
 @functools.cache
