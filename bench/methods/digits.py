@@ -60,7 +60,7 @@ class Setting:
 
 FULL = Setting(
     "digits", 16, MarConfig(192, 6, 3, 256, 3, tokens=256, token_dim=1, buffer=64, classes=10),
-    steps=16000, batch=128, rate=6e-4, generation_steps=64, head_steps=50, cfg=2.0, a_class=200,
+    steps=12000, batch=128, rate=6e-4, generation_steps=64, head_steps=50, cfg=2.0, a_class=100,
 )  # fmt: skip
 SMALL = Setting(
     "digits-small", 8, MarConfig(64, 3, 2, 96, 2, tokens=64, token_dim=1, buffer=8, classes=10),
@@ -298,14 +298,22 @@ def trained(setting: Setting, device: torch.device) -> Mar:
 def samples(
     setting: Setting, device: torch.device, config: MarcheConfig | None, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """([N, side, side] from 0 to 1, their labels) on the CPU; by MAR, or by MARché where there is a config."""
+    """([N, side, side] from 0 to 1, their labels) on the CPU; by MAR, or by MARché where there is a config.
+
+    Products in TF32 on a GPU: as exact as the bf16 they were trained in, and twice as fast as fp32.
+    """
     mar = trained(setting, device)
     mar.diffloss.graphs = device.type == "cuda"
     labels = torch.arange(10, device=device).repeat(setting.a_class)
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(steps=setting.generation_steps, cfg=setting.cfg, head_steps=setting.head_steps, generator=generator)
     predict = mar.predict if config is None else Marche(mar, config, guided=setting.cfg != 1.0).predict
-    tokens = mar.generate(labels, predict=predict, **options)
+    exact = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        tokens = mar.generate(labels, predict=predict, **options)
+    finally:
+        torch.set_float32_matmul_precision(exact)
     mean, deviation = moments(setting.side)
     pixels = (tokens[:, :, 0].float().cpu() * deviation + mean).clamp(0, 1)
     return pixels.unflatten(1, (setting.side, setting.side)), labels.cpu()
