@@ -26,7 +26,7 @@ NOWHERE = tl.constexpr(0xFFFFFFFF)  # the row of a pair whose ids are out of ran
 MAX_EACH = 8  # floats of a tile of rows that a thread holds; three such tiles are alive at once
 
 DEFAULT = {"PAIRS": 16, "num_warps": 4}
-SPACE = [{"PAIRS": pairs, "num_warps": warps} for pairs, warps in ((4, 4), (8, 2), (8, 4), (16, 2), (16, 4))]
+SPACE = [{"PAIRS": pairs, "num_warps": warps} for pairs, warps in ((4, 4), (8, 4), (16, 4), (16, 8))]
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def _specialization(name: str, kernel: Any, constants: dict[str, Any], config: d
 def specializations() -> Iterator[_aot.Specialization]:
     """Every shipped configuration with narrow, usual and wide rows, and the kernels that have one."""
     shipped = [e for gpu in _tuned.gpus() for e in _tuned.table("mf_sgd", gpu) if e["backend"] == "triton"]
-    for factors in (8, 64, 259):
+    for factors in (8, 64, 256, 259):
         shape = {"F": factors, "WIDTH": triton.next_power_of_2(factors)}
         fitting = [_fit(config, shape["WIDTH"]) for config in _aot.configurations(SPACE, DEFAULT, shipped)]
         for config in _aot.configurations(fitting, fitting[0], []):
