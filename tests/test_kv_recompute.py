@@ -251,7 +251,7 @@ def test_is_what_transformers_computes(backend, device):
 
 @per_backend
 def test_rows_do_not_influence_each_other(backend, device):
-    """A sequence alone, and rows in two calls, give the same bits as all at once."""
+    """A sequence alone, and rows in two calls, give what all at once give: on the CPU the same bits."""
     args, kwargs = call((3, 8, 96, 2, 32), 16, 4, device=device, rotary=32, norm=True)
     whole = on_copies(functools.partial(fastops.kv_recompute, backend=backend), "kv_recompute", *args, **kwargs)
     caches = [c.clone() for c in args[K_CACHE : V_CACHE + 1]]
@@ -262,10 +262,10 @@ def test_rows_do_not_influence_each_other(backend, device):
                 args[0][b : b + 1, rows], *args[1:5], args[5][rows], args[6][rows], *(c[b : b + 1] for c in caches),
                 4 + first, **kwargs, backend=backend,
             )  # fmt: skip
-    if backend == "reference" or device.type == "cuda":  # the order of sums follows the shape, or the tile's
-        assert all(torch.allclose(c, w, rtol=1e-5, atol=1e-5) for c, w in zip(caches, whole, strict=True))
-    else:
+    if backend == "cpu":
         assert all(torch.equal(c, w) for c, w in zip(caches, whole, strict=True))
+    else:  # the order of sums follows the shape (BLAS, also under Triton's interpreter) or the tile's
+        assert all(torch.allclose(c, w, rtol=1e-5, atol=1e-5) for c, w in zip(caches, whole, strict=True))
 
 
 @per_backend
